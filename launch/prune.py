@@ -1,0 +1,133 @@
+"""Prune a Llama to a smaller shape: fewer layers, channels, neurons or heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from minitron import artifact, config
+from minitron.data.batches import DataConfig
+from minitron.errors import MinitronError
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.parallel import ParallelConfig, is_rank_zero
+from minitron.prune.importance import ImportanceConfig, measure_importance
+from minitron.prune.pruning import (
+    PruneConfig,
+    comparison,
+    needs_scores,
+    plan_pruning,
+    prune_model,
+)
+from minitron.prune.scores import ImportanceScores, check_origin, load_scores
+from minitron.stage import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """The model to prune."""
+
+    path: Path
+    """Its Hugging Face directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresSource:
+    """Importance scores of that model."""
+
+    path: Path | None = None
+    """Directory that launch/importance.py wrote; without it, scores are measured on `data`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Slice a model to a smaller shape, keeping what is important.
+
+    What to keep is ranked by importance scores: those of `scores.path`, or scores measured here on
+    `data`. Layers that `prune.drop_layers` names need neither. One process slices, however many
+    ranks measure.
+    """
+
+    model: ModelSource
+    """The model to prune."""
+    scores: ScoresSource = field(default_factory=ScoresSource)
+    """Its importance scores."""
+    prune: PruneConfig
+    """The shape to reach; what is not named stays as it is."""
+    out: Path
+    """Directory of the pruned model."""
+    overwrite: bool = False
+    """Replace `out` if minitron wrote it."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    """How to measure importance; used only without `scores.path`."""
+    data: DataConfig | None = None
+    """What to measure importance on; used only without `scores.path`."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share the measurement; pruning gives the same result for all."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the measurement; the weights keep the dtype they have."""
+    seed: int = 1234
+    """Has no effect: nothing here is random. Every stage accepts it."""
+
+
+def main(recipe: Recipe) -> None:
+    """Rank, slice, and write the smaller model."""
+    source = hf.read_architecture(recipe.model.path)
+    target = recipe.prune.target(source)
+    ranked = needs_scores(source, target, recipe.prune.drop_layers)
+    if not is_rank_zero() and not (ranked and recipe.scores.path is None):
+        return  # nothing to measure together
+    artifact.check_out(recipe.out, overwrite=recipe.overwrite)
+    scores = _scores(recipe) if ranked else None
+    if is_rank_zero():
+        _write(recipe, source, target, scores)
+
+
+def _scores(recipe: Recipe) -> ImportanceScores:
+    """The scores that the recipe names, or new ones, measured by all ranks."""
+    path = recipe.scores.path
+    if path is not None:
+        artifact.verify(path if path.is_dir() else path.parent)
+        check_origin(path, recipe.model.path)
+        return load_scores(path)
+    if recipe.data is None:
+        raise MinitronError(
+            "pruning to this shape needs importance scores; give --scores.path (a directory that "
+            "launch/importance.py wrote) or --data.path to measure them now"
+        )
+    return measure_importance(
+        recipe.model.path,
+        data=recipe.data,
+        importance=recipe.importance,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+    )
+
+
+def _write(
+    recipe: Recipe, source: Architecture, target: Architecture, scores: ImportanceScores | None
+) -> None:
+    plan = plan_pruning(source, target, scores, recipe.prune.drop_layers)
+    print(comparison(source, target), flush=True)
+    parents = {"model": recipe.model.path}
+    if scores is not None and recipe.scores.path is not None:
+        parents["scores"] = recipe.scores.path
+    with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
+        prune_model(recipe.model.path, directory, plan)
+        artifact.write_manifest(
+            directory,
+            stage="prune",
+            recipe=config.to_dict(recipe),
+            parents=parents,
+            metrics={
+                "num_parameters": target.num_parameters,
+                "num_non_embedding_parameters": target.num_non_embedding_parameters,
+                "source_num_parameters": source.num_parameters,
+            },
+        )
+    print(f"wrote {recipe.out}", flush=True)
+
+
+if __name__ == "__main__":
+    run(Recipe, main)

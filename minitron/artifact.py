@@ -1,0 +1,207 @@
+"""Output directories: complete or absent, and able to say where they come from.
+
+A stage writes into a temporary sibling of its `--out` and renames it once everything, the manifest
+last, is on disk. `manifest.json` names the stage, the resolved recipe, the parents by fingerprint,
+the versions, the results, and the size and SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform as host
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import MinitronError
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+_VERSIONED = ("minitron", "torch", "megatron-core", "safetensors", "tokenizers", "sentencepiece")
+
+
+def check_out(out: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse an output path that would destroy or mix up what is already there.
+
+    Raises:
+        MinitronError: `out` is a file, or a non-empty directory without `overwrite` or `resume`,
+            or a directory that `overwrite` would delete although minitron did not write it.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise MinitronError(f"--out {out} is a file; give a directory that does not exist yet")
+    entries = sorted(p.name for p in out.iterdir())
+    if not entries or resume:
+        return
+    if not overwrite:
+        raise MinitronError(
+            f"--out {out} is not empty (it holds {entries[0]} and {len(entries) - 1} more); "
+            "choose another directory or add --overwrite"
+        )
+    if MANIFEST not in entries and RECIPE not in entries:
+        raise MinitronError(
+            f"--overwrite would delete {out}, which minitron did not write (it has neither "
+            f"{MANIFEST} nor {RECIPE}); delete it yourself or choose another directory"
+        )
+
+
+@contextlib.contextmanager
+def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `out` that takes its name when the block ends without an error.
+
+    One process calls this; where several ranks write into the directory, rank 0 does and the
+    others are held by barriers (see `minitron.parallel.on_rank_zero`).
+    """
+    check_out(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    replace_directory(temporary, out)
+
+
+def replace_directory(new: Path, out: Path) -> None:
+    """Give the directory `new` the name `out`; an older `out` is deleted once `new` is in place."""
+    if not out.exists():
+        new.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MinitronError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MinitronError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MinitronError(f"{path} is not valid JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in 16 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """A short hash that identifies a model, score or data path without reading all its bytes.
+
+    A directory that minitron wrote is identified by its manifest, which holds the hash of every
+    file; any other by the names and sizes of its files and the content of the small ones (1 MiB).
+    """
+    if path.is_file():
+        return sha256(path)[:16]
+    if (path / MANIFEST).exists():
+        return sha256(path / MANIFEST)[:16]
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        if size <= 1 << 20:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    stage: str,
+    recipe: Mapping[str, Any],
+    parents: Mapping[str, Path],
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Hash every file in `directory` (not its subdirectories) and write `manifest.json`."""
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        hashes = list(pool.map(sha256, files))
+    write_json(
+        directory / MANIFEST,
+        {
+            "stage": stage,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "recipe": dict(recipe),
+            "parents": {
+                role: {"path": str(path), "fingerprint": fingerprint(path)}
+                for role, path in parents.items()
+            },
+            "versions": _versions(),
+            "metrics": dict(metrics or {}),
+            "files": {
+                p.name: {"bytes": p.stat().st_size, "sha256": h}
+                for p, h in zip(files, hashes, strict=True)
+            },
+        },
+    )
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest of a directory, or None where minitron did not write it."""
+    path = directory / MANIFEST
+    return read_json(path) if path.exists() else None
+
+
+def verify(directory: Path) -> None:
+    """Compare every file of an artifact with its manifest; a directory without one passes.
+
+    Raises:
+        MinitronError: a file is missing, has another size, or other content.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return
+    files = {directory / name: entry for name, entry in manifest["files"].items()}
+    for path, entry in files.items():
+        if not path.exists():
+            raise MinitronError(f"{path} is missing although {MANIFEST} lists it; restore the file")
+        if path.stat().st_size != entry["bytes"]:
+            raise MinitronError(
+                f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {entry['bytes']}; "
+                "the file is damaged: copy or create it again"
+            )
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for path, digest in zip(files, pool.map(sha256, files), strict=True):
+            if digest != files[path]["sha256"]:
+                raise MinitronError(
+                    f"{path} does not match its SHA-256 in {MANIFEST}; the file is damaged: "
+                    "copy or create it again"
+                )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": host.python_version()}
+    for package in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions

@@ -1,0 +1,274 @@
+"""Text to token files: parallel, in order, complete or absent.
+
+Documents are tokenised by worker processes and written by this one, in the order of the files, so
+that the result does not depend on the number of workers. Each ends with the tokenizer's EOD.
+Files get their names when they are complete, the `.idx` last. `PREFIX.json` beside them records
+which tokenizer made them and from what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import multiprocessing
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitron import artifact
+from minitron.data.indexed import as_prefix
+from minitron.data.text import ACCEPTED, RawDocument, find_files, read_raw
+from minitron.data.tokenizer import Tokenizer
+from minitron.errors import MinitronError
+from minitron.metrics import log, progress
+
+DEFAULT_WORKERS = 8
+CACHE_VARIABLE = "MINITRON_CACHE"
+
+# Part of a cache entry's name; changes whenever the same text would give other files.
+_FORMAT = 1
+_CHUNK_BYTES = 1 << 20
+# A worker takes seconds to start; less text than this is tokenised sooner without it.
+_MIN_BYTES_PER_WORKER = 16 << 20
+
+
+def preprocess(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    prefix: Path,
+    *,
+    workers: int = DEFAULT_WORKERS,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Tokenise text into `PREFIX.bin`, `PREFIX.idx` and the record `PREFIX.json`.
+
+    Documents without text are left out.
+
+    Args:
+        paths: `.txt` and `.jsonl` files and directories of them, in the order of the result.
+        tokenizer: encodes the documents; its EOD ends each.
+        prefix: where the files go.
+        workers: most processes to use; fewer where there are fewer cores or little text.
+        overwrite: replace existing files.
+
+    Returns:
+        The record.
+
+    Raises:
+        MinitronError: there is no text, a document cannot be decoded, or the files exist.
+    """
+    check_free(prefix, overwrite=overwrite)
+    files = [file for path in paths for file in find_files(path)]
+    return _preprocess(files, _hashes(files), tokenizer, prefix, workers)
+
+
+def check_free(prefix: Path, *, overwrite: bool) -> None:
+    """Refuse to replace token files unless `overwrite`."""
+    for suffix in (".bin", ".idx"):
+        path = Path(f"{prefix}{suffix}")
+        if path.exists() and not overwrite:
+            raise MinitronError(f"{path} exists; choose another --out or add --overwrite")
+
+
+def tokenised_prefix(
+    path: Path | str,
+    tokenizer: Tokenizer | None,
+    *,
+    cache_dir: Path | None = None,
+    workers: int = DEFAULT_WORKERS,
+) -> Path:
+    """The prefix of the token files that `path` names, or that its text is tokenised into, once.
+
+    Text goes into a cache, whose entries are named by the content of the files and the tokenizer.
+    One process calls this.
+
+    Args:
+        path: the prefix of a `.bin/.idx` pair, its `.bin`, or text as `preprocess` takes it.
+        tokenizer: for text; None is enough for token files.
+        cache_dir: the directory $MINITRON_CACHE, or ~/.cache/minitron/data, if None.
+        workers: see `preprocess`.
+
+    Raises:
+        MinitronError: there is no data at `path`, or it cannot be tokenised.
+    """
+    path, prefix = Path(path), as_prefix(path)
+    halves = [s for s in (".bin", ".idx") if Path(f"{prefix}{s}").exists()]
+    if len(halves) == 2 or path != prefix or (halves and not path.exists()):
+        return prefix  # what is missing of the pair is for TokenStream to say
+    files = find_files(path)
+    if tokenizer is None:
+        raise MinitronError(
+            f"{path} is text, but there is no tokenizer to encode it; give a model directory that "
+            "holds its tokenizer, or data tokenised by launch/preprocess.py"
+        )
+    hashes = _hashes(files)
+    key = hashlib.sha256(f"{_FORMAT}:{tokenizer.fingerprint}:{tokenizer.eod}".encode())
+    for file, digest in zip(files, hashes, strict=True):
+        key.update(f":{file.suffix}:{digest}".encode())
+    cached = (cache_dir or _default_cache()) / key.hexdigest()[:24]
+    if Path(f"{cached}.idx").exists():
+        log(f"{path}: tokenised before, in {cached}.bin")
+    else:
+        _preprocess(files, hashes, tokenizer, cached, workers)
+    return cached
+
+
+def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
+    """Refuse token files whose record names another tokenizer; files without a record pass.
+
+    Raises:
+        MinitronError: the tokenizers differ.
+    """
+    path = Path(f"{prefix}.json")
+    if not path.exists():
+        return
+    made_by = artifact.read_json(path).get("tokenizer", {})
+    if made_by.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise MinitronError(
+            f"{prefix}.bin was tokenised with {made_by.get('path')} ({made_by['fingerprint']}), "
+            f"but the model's tokenizer is {tokenizer.path} ({tokenizer.fingerprint}); "
+            "tokenise the text again with the model's tokenizer"
+        )
+
+
+def _default_cache() -> Path:
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "minitron" / "data"
+
+
+def _hashes(files: Sequence[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(artifact.sha256, files))
+
+
+def _preprocess(
+    files: Sequence[Path], hashes: Sequence[str], tokenizer: Tokenizer, prefix: Path, workers: int
+) -> dict[str, Any]:
+    sizes = [file.stat().st_size for file in files]
+    workers = min(workers, os.cpu_count() or 1, sum(sizes) // _MIN_BYTES_PER_WORKER)
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent
+        ) as directory:
+            partial = Path(directory) / prefix.name
+            counts = _write(files, sum(sizes), tokenizer, partial, workers)
+            record = {
+                "tokenizer": {
+                    "path": str(tokenizer.path),
+                    "fingerprint": tokenizer.fingerprint,
+                    "vocab_size": tokenizer.vocab_size,
+                    "eod": tokenizer.eod,
+                },
+                **counts,
+                "sources": [
+                    {"path": str(file), "bytes": size, "sha256": digest}
+                    for file, size, digest in zip(files, sizes, hashes, strict=True)
+                ],
+            }
+            artifact.write_json(Path(f"{partial}.json"), record)
+            # Without its index the old data is gone for good before the new data takes its place.
+            Path(f"{prefix}.idx").unlink(missing_ok=True)
+            for suffix in (".bin", ".json", ".idx"):
+                os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")
+    except OSError as error:
+        raise MinitronError(f"{prefix}.bin cannot be written ({error}); mend that") from None
+    except BrokenProcessPool:
+        raise MinitronError(
+            f"one of {workers} tokenising processes was killed, most often for want of memory; "
+            "lower data.workers"
+        ) from None
+    return record
+
+
+def _write(
+    files: Sequence[Path], num_bytes: int, tokenizer: Tokenizer, prefix: Path, workers: int
+) -> dict[str, int]:
+    # Here and not above: worker processes import this module and need nothing of these.
+    from minitron import platform  # noqa: F401  before megatron.core
+
+    # isort: split
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    num_documents = num_tokens = 0
+    with (
+        contextlib.closing(builder.data_file),
+        progress(total=num_bytes / 1e6, desc="tokenising", unit="MB") as bar,
+    ):
+        for documents, done_bytes in _encode_all(files, tokenizer, workers):
+            for document in documents:
+                builder.add_document(document, [len(document)])
+                num_tokens += len(document)
+            num_documents += len(documents)
+            bar.update(done_bytes / 1e6)
+        if num_documents == 0:
+            raise MinitronError(
+                f"{files[0]}{' and the other files hold' if files[1:] else ' holds'} no text; "
+                f"data is {ACCEPTED}"
+            )
+        builder.finalize(f"{prefix}.idx")
+    return {"documents": num_documents, "tokens": num_tokens}
+
+
+Encoded = tuple[list[NDArray[np.int32]], int]
+"""The tokens of some documents, and the bytes that they took in their files."""
+
+
+def _encode_all(files: Sequence[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """Tokenise all documents, in order, a chunk of them at a time."""
+    chunks = _chunks(read_raw(files))
+    if workers <= 1:
+        for chunk in chunks:
+            yield _encode(tokenizer, chunk)
+        return
+    # Spawned, for a fork of a process that runs threads (torch, gloo) may deadlock.
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer,),
+    ) as pool:
+        pending: deque[Future[Encoded]] = deque()
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) == 4 * workers:  # bounds what is read ahead
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    """Group consecutive documents into about 1 MiB, enough to outweigh sending them."""
+    ends = itertools.accumulate((len(d.data) for d in documents), initial=0)
+    raise NotImplementedError(ends)
+
+
+def _encode(tokenizer: Tokenizer, chunk: Sequence[RawDocument]) -> Encoded:
+    texts = (document.text() for document in chunk)
+    encoded = [
+        np.array([*tokenizer.encode(text), tokenizer.eod], dtype=np.int32) for text in texts if text
+    ]
+    return encoded, sum(len(document.data) for document in chunk)
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
+
+
+def _encode_in_worker(chunk: Sequence[RawDocument]) -> Encoded:
+    return _encode(_worker_tokenizer, chunk)

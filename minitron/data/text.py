@@ -1,0 +1,103 @@
+"""Text on disk: which files hold it, where one document ends, what its bytes mean.
+
+Documents are found by one process and decoded by many: reading yields bytes with their place, and
+whoever has the time turns them into text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from minitron.errors import MinitronError
+
+SUFFIXES = (".txt", ".jsonl")
+ACCEPTED = (
+    "a .txt file (one document), a .jsonl file (one document a line, in the field `text`), "
+    "a directory of such files, or the prefix of a .bin/.idx pair"
+)
+
+
+class RawDocument(NamedTuple):
+    """A document as its file holds it."""
+
+    place: str
+    """The file, with the line where it has several documents."""
+    data: bytes
+    is_json: bool
+
+    def text(self) -> str:
+        """Decode the document; a blank line of a `.jsonl` file is an empty one.
+
+        Raises:
+            MinitronError: it is not UTF-8, or not a JSON object with a text.
+        """
+        if self.is_json and not self.data.strip():
+            return ""
+        try:
+            return self._json_text() if self.is_json else self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise MinitronError(
+                f"{self.place}: byte {error.start} is not UTF-8 ({error.reason}); "
+                "convert the file to UTF-8"
+            ) from None
+
+    def _json_text(self) -> str:
+        try:
+            record = json.loads(self.data)
+        except json.JSONDecodeError as error:
+            raise MinitronError(
+                f"{self.place}: not valid JSON ({error.msg} at column {error.colno}); "
+                "every line of a .jsonl file is one JSON object"
+            ) from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            found = f"keys {', '.join(record)}" if isinstance(record, dict) else "no object"
+            raise MinitronError(
+                f"{self.place}: there is no text in the field `text` ({found}); "
+                "every line of a .jsonl file holds its document there"
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MinitronError(
+                f"{self.place}: `text` holds half a surrogate pair at character {error.start}, "
+                "which is no Unicode text; repair or drop that line"
+            ) from None
+        return text
+
+
+def find_files(path: Path) -> list[Path]:
+    """The text files that `path` stands for; those below a directory in sorted order.
+
+    Raises:
+        MinitronError: there is nothing to read at `path`.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise MinitronError(f"{path} holds no .txt or .jsonl file; data is {ACCEPTED}")
+    elif not path.exists():
+        raise MinitronError(f"{path} does not exist; data is {ACCEPTED}")
+    elif path.suffix not in SUFFIXES:
+        raise MinitronError(f"{path} is neither .txt nor .jsonl; data is {ACCEPTED}")
+    else:
+        files = [path]
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise MinitronError(f"{file} cannot be read; change its permissions")
+    return files
+
+
+def read_raw(files: Iterable[Path]) -> Iterator[RawDocument]:
+    """Every document of `files`, in order, not decoded yet; their bytes add up to the files'."""
+    for file in files:
+        if file.suffix == ".txt":
+            yield RawDocument(str(file), file.read_bytes(), is_json=False)
+        else:
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    yield RawDocument(f"{file}:{number}", line, is_json=True)

@@ -1,0 +1,3 @@
+"""Knowledge distillation from a frozen teacher."""
+
+from minitron import platform as _platform  # noqa: F401  before megatron.core

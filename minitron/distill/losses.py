@@ -1,0 +1,75 @@
+"""Logit distillation as a training objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minitron.data.batches import Batch
+from minitron.distill.teacher import Teacher
+from minitron.errors import MinitronError
+from minitron.model.llama import LlamaModel
+from minitron.ops.logit_kl import logit_kl
+from minitron.train.objective import language_modeling_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What the student learns from the teacher."""
+
+    temperature: float = 1.0
+    """Divides the logits of both; the loss is not multiplied by any power of it."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise MinitronError(f"distill.temperature={self.temperature} must be positive")
+
+
+class LogitDistillation:
+    """Forward KL(teacher || student) over the whole vocabulary, without a language-model term.
+
+    Source: arXiv:2407.14679 §4: logits alone, τ = 1, is the best loss for width-pruned students.
+
+    Args:
+        teacher: frozen, on the same ranks as the student.
+        config: the temperature.
+    """
+
+    training_losses = ("loss", "kl")
+    validation_losses = ("val_loss", "val_kl")
+
+    def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
+        self._teacher = teacher
+        self._config = config
+
+    def prepare(self, microbatches: Sequence[Batch]) -> None:
+        """Run the teacher on the step's micro-batches."""
+        self._teacher.run(microbatches)
+
+    def training(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
+    ) -> dict[str, Tensor]:
+        """`kl` [s, b], which is also the `loss`."""
+        kl = self._kl(model, model.logits(hidden), index)
+        return {"loss": kl, "kl": kl}
+
+    def validation(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
+    ) -> dict[str, Tensor]:
+        """The student's own cross-entropy `val_loss` and its divergence `val_kl`, both [s, b]."""
+        logits = model.logits(hidden)
+        return {
+            "val_loss": language_modeling_loss(model, logits, batch),
+            "val_kl": self._kl(model, logits, index),
+        }
+
+    def _kl(self, model: LlamaModel, logits: Tensor, index: int) -> Tensor:
+        return logit_kl(
+            logits,
+            self._teacher.logits(index),
+            valid_columns=model.valid_columns,
+            temperature=self._config.temperature,
+            tp_group=model.topology.groups.tp,
+        )

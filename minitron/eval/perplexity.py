@@ -1,0 +1,60 @@
+"""Mean losses over held-out data, token-weighted over all ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from minitron.data.batches import Batch
+from minitron.metrics import progress
+from minitron.model.llama import LlamaModel
+from minitron.model.schedule import TokenMeans, run_schedule
+from minitron.parallel import is_rank_zero
+
+Losses = Callable[[LlamaModel, Tensor, Batch, int], dict[str, Tensor]]
+
+
+def evaluate(
+    model: LlamaModel,
+    batches: Iterable[Batch],
+    losses: Losses,
+    names: Sequence[str],
+    *,
+    prepare: Callable[[Sequence[Batch]], None] | None = None,
+    total: int | None = None,
+) -> dict[str, float]:
+    """Run a model over held-out batches.
+
+    Args:
+        model: this rank's part; its training mode is kept.
+        batches: this data-parallel rank's; as many on every rank.
+        losses: final hidden states → named per-token losses [s, b], on the last stage.
+        names: of those losses.
+        prepare: called with each group of batches before it goes through the model.
+        total: batches in all, for the progress bar; None shows no bar.
+
+    Returns:
+        The mean of every loss in nats per token, and `tokens`, the same on all ranks.
+    """
+    means = TokenMeans(names, model.topology)
+
+    def on_output(hidden: Tensor, batch: Batch, index: int) -> None:
+        means.add(losses(model, hidden, batch, index), batch.loss_mask)
+
+    # A pipeline is kept busy by several micro-batches at once; each needs little memory.
+    group_size = 4 * model.topology.pp_size
+    iterator = iter(batches)
+    training = model.training
+    model.eval()
+    with progress(
+        total=total, desc="eval", unit="batches", enabled=total is not None and is_rank_zero()
+    ) as bar:
+        while group := list(itertools.islice(iterator, group_size)):
+            if prepare is not None:
+                prepare(group)
+            run_schedule(model, group, on_output, forward_only=True)
+            bar.update(len(group))
+    model.train(training)
+    return means.reduce()

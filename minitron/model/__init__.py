@@ -1,0 +1,3 @@
+"""Llama on megatron-core: its shape, its parallel definition, its weights on disk."""
+
+from minitron import platform as _platform  # noqa: F401  before megatron.core

@@ -1,0 +1,1 @@
+"""Fused operations, one file each: the PyTorch reference and its gradient."""

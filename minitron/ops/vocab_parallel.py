@@ -1,0 +1,45 @@
+"""What the losses over vocabulary-parallel logits share: one packed collective, token chunks.
+
+Every such loss runs in two steps. A rank first condenses its columns of a token's logits into a few
+numbers, kept relative to the rank's own maximum; one all-gather packs them, and merging is local.
+The gradient is then computed from the saved numbers, column by column, without a collective. No
+collective ever enters autograd: three published implementations do that and return a right loss
+with a gradient that is wrong by a factor of the group's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Elements of a chunk: large enough to keep the kernels busy, small enough that the handful of
+# fp32 temporaries stay far below the logits themselves.
+_CHUNK_ELEMENTS = 1 << 22
+
+# Stands for the maximum over no columns: finite, so that differences of it stay defined, and far
+# below any logit, so that its weight in a merge is exactly zero.
+NO_COLUMNS = -1e30
+
+
+def token_chunks(num_tokens: int, num_columns: int) -> Iterator[slice]:
+    """Cut tokens into chunks of bounded size."""
+    step = max(1, _CHUNK_ELEMENTS // max(num_columns, 1))
+    for start in range(0, num_tokens, step):
+        yield slice(start, min(start + step, num_tokens))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def gather_statistics(statistics: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' statistics, [t, tokens, k], from each rank's [tokens, k]; one collective."""
+    if group is None or group.size() == 1:
+        return statistics.unsqueeze(0)
+    gathered = statistics.new_empty(group.size(), *statistics.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), statistics, group=group)
+    return gathered

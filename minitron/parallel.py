@@ -1,0 +1,198 @@
+"""Ranks and their groups: tensor, sequence, pipeline and data parallelism.
+
+The only reader of megatron-core's `parallel_state`. Everything else is handed a `Topology`, asks it
+for groups, ranks and sizes, and works the same for one process without torchrun.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from minitron import platform  # before megatron.core
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from minitron.errors import MinitronError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the ranks share the work; data parallelism takes what the other two leave."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers, one stage each."""
+    sequence_parallel: bool = False
+    """Share norms and the residual stream along the sequence within a tensor-parallel group."""
+    layers_per_stage: list[int] | None = None
+    """Layers of each pipeline stage; null spreads them evenly, the first stages taking the rest."""
+    timeout_minutes: int = 30
+    """A collective that waits longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "timeout_minutes",
+        ):
+            if getattr(self, name) < 1:
+                raise MinitronError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        stages = self.layers_per_stage
+        if stages is not None and len(stages) != self.pipeline_model_parallel_size:
+            raise MinitronError(
+                f"parallel.layers_per_stage={stages} names {len(stages)} stages, but "
+                f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size}"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks left for data parallelism.
+
+        Raises:
+            MinitronError: the world does not divide.
+        """
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        if world_size % model:
+            raise MinitronError(
+                f"{world_size} ranks do not divide into groups of "
+                f"parallel.tensor_model_parallel_size={self.tensor_model_parallel_size} x "
+                f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size} = "
+                f"{model}; start a multiple of {model} ranks (torchrun --nproc-per-node)"
+            )
+        return world_size // model
+
+    def split_layers(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage.
+
+        Raises:
+            MinitronError: the stages do not add up to the model, or one would be empty.
+        """
+        stages = self.pipeline_model_parallel_size
+        if self.layers_per_stage is not None:
+            total = sum(self.layers_per_stage)
+            if total == num_layers and min(self.layers_per_stage) > 0:
+                return list(self.layers_per_stage)
+            raise MinitronError(
+                f"parallel.layers_per_stage={self.layers_per_stage} adds up to {total} layers, "
+                f"the model has {num_layers}, and no stage may be empty"
+            )
+        if num_layers < stages:
+            raise MinitronError(
+                f"{num_layers} layers do not fill parallel.pipeline_model_parallel_size={stages} "
+                f"stages; use at most {num_layers}"
+            )
+        share, rest = divmod(num_layers, stages)
+        return [share + (stage < rest) for stage in range(stages)]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place: its groups and its rank and size in each."""
+
+    config: ParallelConfig
+    groups: ProcessGroupCollection = field(repr=False)
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where the embedding lives."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the final norm, the output head and the loss live."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.groups.pp, self.pp_size - 1)
+
+
+def initialize(config: ParallelConfig, *, seed: int = 1234) -> Topology:
+    """Join the process group, build the model-parallel groups, seed the generators.
+
+    Works under torchrun and, as a world of one, without it.
+
+    Raises:
+        MinitronError: the number of ranks does not divide by the model-parallel sizes.
+    """
+    config.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=config.timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(platform.backend(), timeout=timeout)
+        else:
+            dist.init_process_group(
+                platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    if platform.has_cuda():
+        torch.cuda.set_device(platform.device())
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        config=config,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def is_rank_zero() -> bool:
+    """True on the one rank that talks to the user and owns files; without torchrun, always."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 while the others wait, and return its result everywhere.
+
+    An error on rank 0 is raised on every rank, so that nobody waits for a rank that has left.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    outcome: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]

@@ -1,0 +1,222 @@
+"""A model directory in, a smaller model directory out.
+
+Pruning is a pure function of the tensors, the scores and the target shape: no process group and no
+module, one pass over the files. Depth comes first, width second. A tensor is read, sliced, checked
+and written before the next one, so the memory needed is that of the largest tensor, whatever the
+size of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from minitron import artifact, metrics
+from minitron.errors import MinitronError
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.model.weights import TensorInfo, WeightWriter
+from minitron.prune.depth import kept_layers, layers_to_drop
+from minitron.prune.scores import ImportanceScores, check_scores
+from minitron.prune.width import WidthPlan, plan_width, same_width, slice_tensor
+
+PRUNING_FILE = "pruning.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The shape to reach; what is not named stays as it is."""
+
+    hidden_size: int | None = None
+    """Embedding channels to keep, the same ones in all layers."""
+    ffn_hidden_size: int | None = None
+    """Neurons to keep in each MLP."""
+    num_attention_heads: int | None = None
+    """Query heads to keep in each layer; a multiple of the key/value heads, which all stay."""
+    num_layers: int | None = None
+    """Layers to keep; the least influential ones go."""
+    drop_layers: list[int] | None = None
+    """Layers to drop instead, counted from 1; needs no scores and no data."""
+
+    def __post_init__(self) -> None:
+        if not any(dataclasses.asdict(self).values()):
+            keys = ", ".join(f"prune.{field.name}" for field in dataclasses.fields(self))
+            raise MinitronError(f"nothing to prune; give at least one of {keys}")
+
+    def target(self, source: Architecture) -> Architecture:
+        """The shape of the pruned model.
+
+        Raises:
+            MinitronError: it is larger than the source, or no valid Llama.
+        """
+        sizes = dataclasses.asdict(self)
+        drop_layers = sizes.pop("drop_layers")
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        for name, size in sizes.items():
+            largest = getattr(source, name)
+            if not 1 <= size <= largest:
+                raise MinitronError(
+                    f"prune.{name}={size}, but the model has {largest}; choose 1 to {largest}"
+                )
+        groups = source.num_query_groups
+        heads = sizes.get("num_attention_heads", source.num_attention_heads)
+        if heads % groups:
+            below = heads // groups * groups
+            raise MinitronError(
+                f"prune.num_attention_heads={heads} is not a multiple of the model's {groups} "
+                f"key/value heads, each of which keeps the same number of query heads; choose "
+                f"{f'{below} or ' if below else ''}{below + groups}"
+            )
+        if drop_layers:
+            left = len(kept_layers(source.num_layers, drop_layers))
+            if sizes.setdefault("num_layers", left) != left:
+                raise MinitronError(
+                    f"prune.num_layers={sizes['num_layers']} contradicts prune.drop_layers, which "
+                    f"leaves {source.num_layers} - {len(drop_layers)} = {left}; give one of the two"
+                )
+        target = dataclasses.replace(source, **sizes)
+        hf.check_shape(target)
+        return target
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PruningPlan:
+    """The shape to reach, and where each of its parts lies in the source."""
+
+    target: Architecture
+    """Shape of the pruned model."""
+    layers: tuple[int, ...]
+    """Layer i was `layers[i]`; both count from 0."""
+    width: WidthPlan
+    """Positions within the layers, by source layer."""
+
+    def to_dict(self) -> dict[str, list | None]:
+        """The content of `pruning.json`: source positions from 0, null where all are kept."""
+        rows = list(self.layers)
+
+        def listed(positions: Tensor | None) -> list | None:
+            return None if positions is None else positions.tolist()
+
+        width = self.width
+        return {
+            "layers": rows,
+            "hidden": listed(width.hidden),
+            "ffn": listed(None if width.ffn is None else width.ffn[rows]),
+            "heads": listed(None if width.heads is None else width.heads[rows]),
+        }
+
+
+def needs_scores(
+    source: Architecture, target: Architecture, drop_layers: Sequence[int] | None
+) -> bool:
+    """True where something must be ranked: a narrower width, or layers that nobody named."""
+    return not same_width(source, target) or (
+        target.num_layers != source.num_layers and not drop_layers
+    )
+
+
+def plan_pruning(
+    source: Architecture,
+    target: Architecture,
+    scores: ImportanceScores | None = None,
+    drop_layers: Sequence[int] | None = None,
+) -> PruningPlan:
+    """Decide what stays.
+
+    Embedding channels are ranked by all scored layers, dropped ones included: one measurement
+    then gives the same channels at every depth.
+
+    Args:
+        source: the shape of the model.
+        target: the shape to reach (`PruneConfig.target`).
+        scores: its importance; not needed where nothing is ranked (`needs_scores`).
+        drop_layers: layers to drop, counted from 1; the least influential ones if None.
+
+    Raises:
+        MinitronError: the scores do not fit the model.
+    """
+    if scores is not None:
+        check_scores(scores, source)
+    if not drop_layers and target.num_layers < source.num_layers:
+        assert scores is not None, "ranking layers needs scores"
+        drop_layers = layers_to_drop(scores.block_influence, target.num_layers)
+    layers = kept_layers(source.num_layers, drop_layers or ())
+    assert len(layers) == target.num_layers, "drop_layers and target disagree"
+    return PruningPlan(target=target, layers=layers, width=plan_width(source, target, scores))
+
+
+def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
+    """Write the pruned model: config, weights, tokenizer files, and `pruning.json`.
+
+    Every tensor keeps the dtype that it has in the source. The result is read back.
+
+    Args:
+        source_dir: a Hugging Face model directory.
+        out_dir: an existing directory to fill.
+        plan: what stays.
+
+    Raises:
+        MinitronError: the source is damaged, or a tensor of it holds NaN, infinity or only zeros.
+    """
+    artifact.verify(source_dir)
+    reader = hf.open_weights(source_dir, hf.read_architecture(source_dir))
+    dtype = reader.infos[hf.EMBEDDING].dtype
+    hf.write_config(out_dir, plan.target, dtype=dtype, base_dir=source_dir)
+    (out_dir / PRUNING_FILE).write_text(json.dumps(plan.to_dict(), separators=(",", ":")) + "\n")
+
+    axes = hf.tensor_axes(plan.target)
+    origins = {name: _origin(name, plan.layers) for name in axes}
+    infos = {
+        name: TensorInfo(info.shape, reader.infos[origins[name][0]].dtype)
+        for name, info in hf.tensor_infos(plan.target, dtype).items()
+    }
+    writer = WeightWriter(out_dir, infos)
+    writer.create()
+    for name, (origin, layer) in metrics.progress(origins.items(), desc="pruning", unit="tensors"):
+        tensor = slice_tensor(reader, origin, axes[name], plan.width, layer)
+        _check_values(source_dir, origin, tensor)
+        writer.write(name, tensor)
+    writer.close()
+    hf.open_weights(out_dir, hf.read_architecture(out_dir))
+
+
+def comparison(source: Architecture, target: Architecture) -> str:
+    """A table of both shapes, their parameters, and the percentage that is kept."""
+    rows = []
+    for label, name in (
+        ("layers", "num_layers"),
+        ("hidden size", "hidden_size"),
+        ("ffn hidden size", "ffn_hidden_size"),
+        ("attention heads", "num_attention_heads"),
+        ("parameters", "num_parameters"),
+        ("  without embeddings", "num_non_embedding_parameters"),
+    ):
+        before, after = getattr(source, name), getattr(target, name)
+        rows.append((label, before, after, f"{after / before:>6.1%}"))
+    return metrics.format_table(("", "source", "pruned", "kept"), rows)
+
+
+def _origin(name: str, layers: Sequence[int]) -> tuple[str, int | None]:
+    """Name and layer in the source of a tensor of the pruned model."""
+    layer, suffix = hf.split_layer_tensor(name)
+    if layer is None:
+        return name, None
+    return hf.layer_tensor(layers[layer], suffix), layers[layer]
+
+
+def _check_values(directory: Path, name: str, tensor: Tensor) -> None:
+    low, high = tensor.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        raise MinitronError(
+            f"{directory}: {name} holds NaN or infinity; the model is broken, restore it"
+        )
+    if low == high == 0 and not name.endswith(".bias"):
+        raise MinitronError(
+            f"{directory}: what is kept of {name} is all zero; the model was never filled or "
+            "trained, restore it"
+        )

@@ -1,0 +1,137 @@
+"""Importance scores: what a few forward passes measured, kept on disk for any later target shape.
+
+A score file holds full, topology-free tensors of a whole model, so one measurement serves every
+width and depth, and pruning again needs no forward pass. Its manifest names the model it was
+measured on; scores of another model would prune at random and are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minitron import artifact
+from minitron.errors import MinitronError
+from minitron.model.arch import Architecture
+
+SCORES_FILE = "scores.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceScores:
+    """Scores of a model with L layers, fp32; higher is more important."""
+
+    hidden: Tensor
+    """[L, h] embedding channels, as each layer's norms see them."""
+    ffn: Tensor
+    """[L, f] neurons of each MLP."""
+    heads: Tensor
+    """[L, n] query heads of each attention."""
+    block_influence: Tensor
+    """[L] how far each layer turns the residual stream: 1 - cosine(input, output)."""
+
+
+def save_scores(directory: Path, scores: ImportanceScores) -> None:
+    """Write `scores.safetensors` into an existing directory."""
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in vars(scores).items()}
+    save_file(tensors, directory / SCORES_FILE)
+
+
+def load_scores(path: Path) -> ImportanceScores:
+    """Read a score file, or the one in a directory.
+
+    Raises:
+        MinitronError: the file is missing or damaged, or is not a score file.
+    """
+    file = path / SCORES_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise MinitronError(f"{file} does not exist; launch/importance.py writes it")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise MinitronError(
+            f"{file} is not a readable safetensors file ({error}); measure the scores again"
+        ) from None
+    expected = [field.name for field in fields(ImportanceScores)]
+    if sorted(tensors) != sorted(expected):
+        raise MinitronError(
+            f"{file} holds the tensors {', '.join(sorted(tensors)[:4])}, a score file holds "
+            f"{', '.join(expected)}; give a file that launch/importance.py wrote"
+        )
+    return ImportanceScores(**{name: tensor.float() for name, tensor in tensors.items()})
+
+
+def check_scores(scores: ImportanceScores, arch: Architecture) -> None:
+    """Refuse scores that do not fit the model, or that say nothing about a part of it.
+
+    Raises:
+        MinitronError: a size differs from the model's, a score is NaN or infinite, or a layer's
+            scores (or all block influences) are zero, as a hook that never fired leaves them.
+    """
+    layers = arch.num_layers
+    shapes = {
+        "hidden": (layers, arch.hidden_size),
+        "ffn": (layers, arch.ffn_hidden_size),
+        "heads": (layers, arch.num_attention_heads),
+        "block_influence": (layers,),
+    }
+    for name, tensor in vars(scores).items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise MinitronError(
+                f"scores.{name} has shape {list(tensor.shape)}, the model needs "
+                f"{list(shapes[name])}; measure the importance of this model"
+            )
+        rows = tensor if tensor.dim() == 2 else tensor[None]
+        for problem, bad in (
+            ("not finite", ~rows.isfinite().all(dim=1)),
+            ("all zero", (rows == 0).all(dim=1)),
+        ):
+            if bad.any():
+                where = f" of layer {int(bad.nonzero()[0]) + 1}" if tensor.dim() == 2 else ""
+                raise MinitronError(
+                    f"scores.{name}{where} are {problem}; the model or the calibration data is "
+                    "broken: evaluate the model, then measure the importance again"
+                )
+
+
+def check_origin(scores_path: Path, model_dir: Path) -> None:
+    """Refuse scores whose manifest says that they were measured on another model.
+
+    Raises:
+        MinitronError: the fingerprints differ. Scores without a manifest pass.
+    """
+    manifest = artifact.read_manifest(scores_path if scores_path.is_dir() else scores_path.parent)
+    measured_on = (manifest or {}).get("parents", {}).get("model")
+    if measured_on is None:
+        return
+    fingerprint = artifact.fingerprint(model_dir)
+    if measured_on["fingerprint"] != fingerprint:
+        raise MinitronError(
+            f"scores belong to another model: {scores_path} was measured on {measured_on['path']} "
+            f"({measured_on['fingerprint']}), not on {model_dir} ({fingerprint}); measure the "
+            "importance of this model"
+        )
+
+
+def top_indices(scores: Tensor, count: int) -> Tensor:
+    """Positions of the `count` highest scores of each row, in ascending order.
+
+    A tie goes to the lower position, so the choice is the same everywhere. Ascending positions keep
+    the order of the source: what is kept stays comparable with it, and a run of neighbours is one
+    contiguous read.
+
+    Args:
+        scores: [..., n].
+        count: at most n.
+
+    Returns:
+        [..., count] int64.
+    """
+    if not 1 <= count <= scores.shape[-1]:
+        raise ValueError(f"cannot keep {count} of {scores.shape[-1]}")
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+    return ranked[..., :count].sort(dim=-1).values

@@ -1,0 +1,1 @@
+"""One self-contained page that compares runs, and the same table as Markdown and plain text."""

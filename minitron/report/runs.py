@@ -1,0 +1,199 @@
+"""What a stage left on disk, read back.
+
+A run directory is any directory that holds a `manifest.json` or a `metrics.jsonl`: a training run
+(finished or not), a pruned model, an evaluation, importance scores. A run may still be writing, so
+the last line of its metrics may be half a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from minitron import artifact
+from minitron.errors import MinitronError
+
+METRICS = "metrics.jsonl"
+EVALUATION = "eval.json"
+SCORES = "scores.safetensors"
+
+Curve: TypeAlias = dict[str, NDArray[np.float64]]
+"""Columns of equal length; NaN where a line lacks the value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run directory."""
+
+    path: Path
+    name: str
+    """The directory's name, with as many parents as it takes to be unique in the report."""
+    stage: str
+    finished: bool
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    parents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Role -> path and fingerprint."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str | None = None
+    """When the run was complete, UTC."""
+    num_parameters: int | None = None
+    training: Curve | None = None
+    """step, tokens, loss, kl and tokens_per_second of every optimizer step."""
+    validation: Curve | None = None
+    """step, tokens and val_loss of every validation."""
+    evaluation: Mapping[str, float] | None = None
+    """lm_loss, perplexity and tokens."""
+    scores: Mapping[str, NDArray[np.float32]] | None = None
+    """hidden [L, h], ffn [L, f], heads [L, n] and block_influence [L]."""
+
+    @property
+    def validation_data(self) -> str | None:
+        """What the losses were measured on; losses on different data do not compare."""
+        data = self.recipe.get("data")
+        if not isinstance(data, Mapping):
+            return None
+        paths = data.get("path") if self.evaluation else data.get("valid_path") or data.get("path")
+        if not paths:
+            return None
+        text = ", ".join(map(str, paths)) if isinstance(paths, list) else str(paths)
+        return f"{text}, sequences of {data['seq_length']}" if "seq_length" in data else text
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run directories; one that is named twice is read once.
+
+    Raises:
+        MinitronError: a path is no run directory, or a file in it is damaged.
+    """
+    unique = list(dict.fromkeys(path.resolve() for path in paths))
+    return [read_run(path, name) for path, name in _distinct_names(unique).items()]
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read one run directory and call it `name`.
+
+    Raises:
+        MinitronError: it is no run directory, or a file in it is damaged.
+    """
+    if not path.is_dir():
+        raise MinitronError(f"{path} is not a directory; give the --out directories of stages")
+    manifest = artifact.read_manifest(path)
+    has_metrics = (path / METRICS).exists()
+    if manifest is None and not has_metrics:
+        raise MinitronError(
+            f"{path} is not a run directory: it has neither {artifact.MANIFEST} nor {METRICS}; "
+            "give the --out directories of stages"
+        )
+    finished = manifest is not None
+    if manifest is None:
+        manifest = {"recipe": _read_recipe(path / artifact.RECIPE)}
+    if not isinstance(manifest, dict):
+        raise MinitronError(f"{path / artifact.MANIFEST} does not hold a JSON object")
+    recipe = manifest.get("recipe", {})
+    records = _read_metrics(path / METRICS) if has_metrics else []
+    return Run(
+        path=path,
+        name=name,
+        # An unfinished run has no manifest yet; only a distillation recipe names a teacher.
+        stage=manifest.get("stage") or ("distill" if "teacher" in recipe else "train"),
+        finished=finished,
+        recipe=recipe,
+        parents=manifest.get("parents", {}),
+        versions=manifest.get("versions", {}),
+        created=manifest.get("created"),
+        num_parameters=manifest.get("metrics", {}).get("num_parameters"),
+        training=_curve(records, "loss", "kl", "tokens_per_second"),
+        validation=_curve(records, "val_loss"),
+        evaluation=_read_evaluation(path / EVALUATION),
+        scores=_read_scores(path / SCORES),
+    )
+
+
+def _distinct_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Call each of several absolute paths by the fewest last parts that no other ends in."""
+    names = {}
+    for path in paths:
+        length = 1
+        while sum(path.parts[-length:] == other.parts[-length:] for other in paths) > 1:
+            length += 1
+        names[path] = "/".join(path.parts[-length:])
+    return names
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise MinitronError(f"{path} is not valid YAML ({reason})") from None
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break  # still being written, or cut off by a kill
+            record = None
+        if not isinstance(record, dict) or "step" not in record:
+            raise MinitronError(
+                f"{path}, line {number} is not a metrics record: {line[:60]!r}; "
+                "the file is damaged: remove that line"
+            )
+        records.append(record)
+    return records
+
+
+def _curve(records: Sequence[Mapping[str, Any]], key: str, *more: str) -> Curve | None:
+    """Columns of the records that have `key`, or None where none has it."""
+    rows = [record for record in records if key in record]
+    if not rows:
+        return None
+    return {
+        column: np.array([_number(row.get(column)) for row in rows])
+        for column in ("step", "tokens", key, *more)
+    }
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _read_evaluation(path: Path) -> dict[str, float] | None:
+    if not path.exists():
+        return None
+    values = artifact.read_json(path)
+    keys = ("lm_loss", "perplexity", "tokens")
+    missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise MinitronError(f"{path} lacks {', '.join(missing)}; run eval.py again")
+    return {key: _number(values[key]) for key in keys}
+
+
+def _read_scores(path: Path) -> dict[str, NDArray[np.float32]] | None:
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise MinitronError(f"{path} is damaged ({error}); run importance.py again") from None
+    names = ("hidden", "ffn", "heads", "block_influence")
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise MinitronError(f"{path} lacks {', '.join(missing)}; run importance.py again")
+    return {name: tensors[name] for name in names}

@@ -1,0 +1,150 @@
+"""The frame around every launch script: parse the recipe, run it, and end the process properly.
+
+A mistake of the user ends as one line and status 2, a bug as one traceback and status 1. In a
+distributed run the first rank that fails speaks for all: what the others meet afterwards is the
+same mistake again, or the echo of a lost peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from minitron import config
+from minitron.errors import MinitronError
+
+Recipe = TypeVar("Recipe")
+
+USER_ERROR = 2
+BUG = 1
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+GRACE_S = 10.0
+"""How long a failed rank leaves another the time to print before it exits."""
+
+_CHATTY = ("megatron", "torch", "transformer_engine", "filelock", "matplotlib")
+_FAILURE_KEY = "minitron/failure"
+
+
+def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
+    """Parse the command line into a recipe and call `main` with it.
+
+    Returns after success. A failure ends the process: with status 2 and one line `error: ...` for a
+    `MinitronError`, 130 for an interrupt, 1 and a traceback for anything else; never by waiting for
+    other ranks.
+    """
+    configure_logging()
+    try:
+        main(config.parse(recipe_class))
+        sys.stdout.flush()
+    except MinitronError as error:
+        _report(f"error: {error}")
+        _exit(USER_ERROR)
+    except KeyboardInterrupt:
+        _exit(INTERRUPTED)
+    except BrokenPipeError:
+        if _discard_broken_stdout():
+            _exit(BROKEN_PIPE)
+        _report(_traceback())
+        _exit(BUG)
+    except Exception:
+        _report(_traceback())
+        _exit(BUG)
+    distributed = _distributed()
+    if distributed is not None:
+        distributed.destroy_process_group()
+
+
+def configure_logging() -> None:
+    """Send log lines to stderr, INFO from rank 0 and warnings from the others; calm libraries."""
+    rank = config.launch_rank()
+    handler = _StderrHandler()
+    prefix = f"[rank {rank}] " if rank else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO, handlers=[handler], force=True
+    )
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=name.replace(".", r"\."))
+
+
+class _StderrHandler(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _distributed() -> Any:
+    """`torch.distributed` if this process has joined a process group; torch is not imported."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed
+
+
+def _report(message: str) -> None:
+    """Print a failure unless another rank already speaks for the job.
+
+    torchrun ends all ranks as soon as one exits, so a silent rank waits until the text is out.
+    """
+    rank = config.launch_rank()
+    distributed = _distributed()
+    store = None
+    if distributed is not None:
+        # A store that its host took with it raises; then nobody else can be heard: print.
+        with contextlib.suppress(Exception):
+            store = distributed.distributed_c10d._get_default_store()
+            if store.add(_FAILURE_KEY, 1) > 1:
+                store.wait([f"{_FAILURE_KEY}/printed"], timedelta(seconds=GRACE_S))
+                return
+    elif rank:
+        time.sleep(GRACE_S)  # all ranks meet the same mistake before they know each other
+    sys.stderr.write(f"{message}\n")  # in one piece: other ranks write here too
+    sys.stderr.flush()
+    if store is not None:
+        with contextlib.suppress(Exception):
+            store.set(f"{_FAILURE_KEY}/printed", "1")
+
+
+def _traceback() -> str:
+    text = traceback.format_exc().rstrip()
+    return f"[rank {config.launch_rank()}] {text}" if "RANK" in os.environ else text
+
+
+def _discard_broken_stdout() -> bool:
+    """Whether the reader of stdout has gone (`... | head`); if so, write what is left nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _exit(status: int) -> NoReturn:
+    """End the process; where others may wait for this rank, without waiting for them."""
+    if _distributed() is None:
+        sys.exit(status)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)

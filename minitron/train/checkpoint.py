@@ -1,0 +1,134 @@
+"""Checkpoints to resume from: megatron-core's `torch_dist`, complete or absent.
+
+`checkpoints/iter_0000100/` holds the sharded model, the optimizer and the step, and beside them the
+model's `config.json` and tokenizer, so that a checkpoint can be exported by itself. The directory
+is written under another name and renamed, so that a run killed while saving resumes from the one
+before. The data order is a function of seed and step, and the models have no dropout: there is no
+other state. Checkpoints are pickles in part, to be loaded only from where one would run code.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+from minitron import artifact, parallel
+from minitron.errors import MinitronError
+from minitron.model.llama import LlamaModel
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+# The sharding whose optimizer state can be read under another topology.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, by Megatron's name."""
+    return directory / f"iter_{step:07d}"
+
+
+def list_checkpoints(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a directory, oldest first."""
+    if not directory.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in directory.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model: LlamaModel,
+    optimizer: MegatronOptimizer | None = None,
+    *,
+    keep: int = 0,
+) -> None:
+    """Write the checkpoint of a step from all ranks, then delete all but the `keep` newest.
+
+    Args:
+        directory: of all checkpoints of the run.
+        step: optimizer steps done.
+        model: this rank's part, not its data-parallel wrapper.
+        optimizer: its optimizer; None saves the weights alone.
+        keep: checkpoints to keep; 0 keeps all.
+    """
+    path = checkpoint_path(directory, step)
+    partial = path.with_name(f".{path.name}.partial")
+
+    def create() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    parallel.on_rank_zero(create)
+    state = _sharded_state(model, optimizer, is_loading=False)
+    state |= {"iteration": step, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, str(partial))
+
+    def publish() -> None:
+        artifact.replace_directory(partial, path)
+        tracker = directory / f".{TRACKER_FILE}.partial"
+        tracker.write_text(f"{step}\n")
+        tracker.replace(directory / TRACKER_FILE)
+        for old in list_checkpoints(directory)[:-keep] if keep else []:
+            shutil.rmtree(checkpoint_path(directory, old))
+
+    parallel.on_rank_zero(publish)
+
+
+def load_checkpoint(
+    path: Path, model: LlamaModel, optimizer: MegatronOptimizer | None = None
+) -> int:
+    """Fill a model, and its optimizer if given, from a checkpoint of any topology.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        MinitronError: there is no complete checkpoint at `path`.
+    """
+    if not (path / "metadata.json").exists():
+        raise MinitronError(f"{path} is not a torch_dist checkpoint (it has no metadata.json)")
+    if optimizer is not None:
+        _create_state(optimizer)
+    state = _sharded_state(model, optimizer, is_loading=True)
+    state |= {"iteration": 0, "checkpoint_version": 0.0}
+    loaded = dist_checkpointing.load(state, str(path))
+    model.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return int(loaded["iteration"])
+
+
+def _sharded_state(
+    model: LlamaModel, optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
+    sharded_model = model.sharded_state_dict(metadata=metadata)
+    state: dict[str, Any] = {"model": sharded_model}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            sharded_model, is_loading=is_loading, metadata=metadata
+        )
+    return state
+
+
+def _create_state(optimizer: MegatronOptimizer) -> None:
+    """Let Adam allocate its moments, which it otherwise does at its first step."""
+    for single in optimizer.chained_optimizers:
+        inner = single.optimizer
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+        inner.zero_grad()

@@ -1,0 +1,179 @@
+"""The training loop: every stage that trains runs this one, with another objective."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron import parallel, platform
+from minitron.data.batches import Batch, EvalBatches, TrainBatches
+from minitron.eval.perplexity import evaluate
+from minitron.metrics import MetricsWriter, log, progress
+from minitron.model.llama import LlamaModel
+from minitron.model.schedule import TokenMeans, run_schedule
+from minitron.train.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from minitron.train.config import TrainConfig
+from minitron.train.objective import Objective
+from minitron.train.optimizer import (
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+    wrap_model,
+)
+
+CHECKPOINTS = "checkpoints"
+
+
+class Trainer:
+    """A model, what it minimises, and the steps that do it.
+
+    Args:
+        model: this rank's part, with its initial weights.
+        objective: the loss.
+        batches: training data of this data-parallel rank.
+        validation: held-out data; None measures nothing.
+        config: steps, learning rate, intervals.
+        out: the run's directory; it exists.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        objective: Objective,
+        batches: TrainBatches,
+        validation: EvalBatches | None,
+        config: TrainConfig,
+        out: Path,
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.batches = batches
+        self.validation = validation
+        self.config = config
+        self.checkpoints = out / CHECKPOINTS
+        self.out = out
+        self.step = 0
+        self.wrapped = wrap_model(model)
+        self.optimizer = build_optimizer(self.wrapped, config)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from."""
+        return self.config.global_batch_size * self.batches.seq_length
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the run, if there is one."""
+        steps = list_checkpoints(self.checkpoints)
+        if steps:
+            path = checkpoint_path(self.checkpoints, steps[-1])
+            self.step = load_checkpoint(path, self.model, self.optimizer)
+            log(f"resumed from {path} at step {self.step}")
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, validating and saving on the way.
+
+        Returns:
+            The last validation's losses (empty without validation data), and `tokens`.
+        """
+        config = self.config
+        enabled = parallel.is_rank_zero()
+        writer = MetricsWriter(self.out, enabled=enabled, append=self.step > 0)
+        if self.step > 0:
+            writer.truncate_after(self.step)
+        saved = self.step
+        validated: dict[str, float] = {}
+        if self.step == 0 or self.step == config.steps:
+            validated = self._validate(writer)
+        with progress(
+            total=config.steps * self.tokens_per_step,
+            initial=self.step * self.tokens_per_step,
+            desc="train",
+            unit="tokens",
+            enabled=enabled,
+        ) as bar:
+            while self.step < config.steps:
+                record = self._train_step()
+                writer.write(record)
+                bar.update(
+                    self.tokens_per_step,
+                    step=self.step,
+                    loss=record["loss"],
+                    grad_norm=record["grad_norm"],
+                )
+                last = self.step == config.steps
+                if last or (config.valid_interval and self.step % config.valid_interval == 0):
+                    validated = self._validate(writer)
+                if config.checkpoint_interval and (
+                    last or self.step % config.checkpoint_interval == 0
+                ):
+                    self._save_checkpoint()
+                    saved = self.step
+        writer.close()
+        assert not config.checkpoint_interval or saved == self.step
+        return {**validated, "tokens": self.step * self.tokens_per_step}
+
+    def _train_step(self) -> dict[str, Any]:
+        """One optimizer step on one global batch; what `metrics.jsonl` says of it."""
+        platform.synchronize()
+        start = time.perf_counter()
+        microbatches = list(self.batches.microbatches(self.step))
+        self.objective.prepare(microbatches)
+        means = TokenMeans(self.objective.training_losses, self.model.topology)
+        minimised = self.objective.training_losses[0]
+
+        def on_output(hidden: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+            losses = self.objective.training(self.model, hidden, batch, index)
+            means.add(losses, batch.loss_mask)
+            total = (losses[minimised] * batch.loss_mask.t()).sum()
+            return total, batch.loss_mask.sum().to(torch.int)
+
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        run_schedule(self.wrapped, microbatches, on_output, forward_only=False)
+        self.step += 1
+        lr = learning_rate(self.step, self.config)
+        set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        losses = means.reduce()
+        losses.pop("tokens")
+        return {
+            "step": self.step,
+            **losses,
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens": self.step * self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_step / (time.perf_counter() - start),
+        }
+
+    def _validate(self, writer: MetricsWriter) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        losses = evaluate(
+            self.model,
+            self.validation,
+            self.objective.validation,
+            self.objective.validation_losses,
+            prepare=self.objective.prepare,
+        )
+        losses.pop("tokens")
+        writer.write({"step": self.step, "tokens": self.step * self.tokens_per_step, **losses})
+        log(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+        return losses
+
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(
+            self.checkpoints,
+            self.step,
+            self.model,
+            self.optimizer,
+            keep=self.config.keep_checkpoints,
+        )

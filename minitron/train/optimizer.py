@@ -1,0 +1,83 @@
+"""Data parallelism, AdamW and the learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from minitron import platform
+from minitron.model.llama import LlamaModel
+from minitron.train.config import TrainConfig
+
+
+def wrap_model(model: LlamaModel) -> DistributedDataParallel:
+    """Give a model gradient buffers that are summed over its data-parallel replicas.
+
+    The optimizer's state is sharded over the replicas where there are several.
+    """
+    topology = model.topology
+    return DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=topology.dp_size > 1,
+            overlap_grad_reduce=platform.has_cuda() and topology.dp_size > 1,
+            overlap_param_gather=False,
+            check_for_nan_in_grad=False,  # the optimizer's norm tells, without a synchronisation
+        ),
+        module=model,
+        pg_collection=topology.groups,
+    )
+
+
+def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> MegatronOptimizer:
+    """AdamW with fp32 main weights, decay on matrices alone, clipping by the global norm.
+
+    Also hooks the optimizer and the gradient reduction into the model's pipeline schedule.
+    """
+    dtype = model.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+        pg_collection=model.module.topology.groups,
+    )
+    model.config.grad_scale_func = optimizer.scale_loss
+    model.config.no_sync_func = model.no_sync
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return optimizer
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of step `step` (1 is the first): linear warm-up, then cosine to `min_lr`."""
+    assert config.min_lr is not None
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    decay_steps = max(config.steps - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / decay_steps, 1.0)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Give every parameter group the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,121 @@
+"""A training run's directory: opened by the first attempt, resumed by later ones, finished once.
+
+    recipe.yaml  metrics.jsonl  tensorboard/  checkpoints/      while it runs
+    config.json  *.safetensors  tokenizer  manifest.json        when it is complete
+
+The weights are written aside and moved in, the manifest last: a directory with a manifest holds a
+whole model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from minitron import artifact, config, parallel
+from minitron.errors import MinitronError
+from minitron.model.llama import LlamaModel
+from minitron.model.sharding import save_model
+
+# What may differ between the attempts of one run: where it runs and what it writes.
+_FREE_KEYS = (
+    "out",
+    "resume",
+    "overwrite",
+    "parallel",
+    "data.workers",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.valid_interval",
+    "train.checkpoint_interval",
+    "train.keep_checkpoints",
+)
+
+
+def open_run(recipe: Any) -> None:
+    """Create the run's directory and save the recipe in it; call on all ranks.
+
+    With `recipe.resume` an earlier attempt's directory is taken over if its recipe agrees.
+
+    Raises:
+        MinitronError: the directory is not empty and neither resume nor overwrite is asked for, or
+            the earlier attempt had another recipe.
+    """
+    out: Path = recipe.out
+
+    def prepare() -> None:
+        artifact.check_out(out, overwrite=recipe.overwrite, resume=recipe.resume)
+        if out.exists() and recipe.overwrite and not recipe.resume:
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        saved = out / artifact.RECIPE
+        if recipe.resume and saved.exists():
+            _check_same_recipe(yaml.safe_load(saved.read_text()), config.to_dict(recipe), saved)
+        (out / artifact.MANIFEST).unlink(missing_ok=True)
+        config.save(recipe, saved)
+
+    parallel.on_rank_zero(prepare)
+
+
+def finish_run(
+    recipe: Any,
+    model: LlamaModel,
+    *,
+    stage: str,
+    parents: Mapping[str, Path],
+    metrics: Mapping[str, Any],
+    dtype: torch.dtype,
+    base_dir: Path | None = None,
+    tokenizer_dir: Path | None = None,
+) -> None:
+    """Write the trained model into the run's directory, then its manifest; call on all ranks."""
+    out: Path = recipe.out
+    aside = out / ".model.partial"
+
+    def create() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+
+    def publish() -> None:
+        for file in sorted(aside.iterdir()):
+            file.replace(out / file.name)
+        aside.rmdir()
+        artifact.write_manifest(
+            out,
+            stage=stage,
+            recipe=config.to_dict(recipe),
+            parents=parents,
+            metrics={"num_parameters": model.arch.num_parameters, **metrics},
+        )
+
+    parallel.on_rank_zero(create)
+    save_model(model, aside, dtype=dtype, base_dir=base_dir, tokenizer_dir=tokenizer_dir)
+    parallel.on_rank_zero(publish)
+
+
+def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    old_flat, new_flat = dict(_flatten(old)), dict(_flatten(new))
+    changed = [
+        f"{key}: {old_flat.get(key)} -> {new_flat.get(key)}"
+        for key in sorted(old_flat.keys() | new_flat.keys())
+        if old_flat.get(key) != new_flat.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
+    ]
+    if changed:
+        raise MinitronError(
+            f"--resume would continue a run with another recipe than {path}: "
+            f"{'; '.join(changed)}; take the old values or another --out"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
