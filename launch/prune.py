@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from minitron import artifact, config
 from minitron.data.batches import DataConfig
@@ -12,6 +11,7 @@ from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.parallel import ParallelConfig, is_rank_zero
+from minitron.platform import Precision
 from minitron.prune.importance import ImportanceConfig, measure_importance
 from minitron.prune.pruning import (
     PruneConfig,
@@ -42,11 +42,9 @@ class ScoresSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Slice a model to a smaller shape, keeping what is important.
-
-    What to keep is ranked by importance scores: those of `scores.path`, or scores measured here on
-    `data`. Layers that `prune.drop_layers` names need neither. One process slices, however many
-    ranks measure.
+    """Slice a model to a smaller shape, keeping what is important: what importance scores rank
+    highest, those of `scores.path` or new ones measured on `data`. Naming layers to drop needs
+    neither. One process slices, however many ranks measure.
     """
 
     model: ModelSource
@@ -65,10 +63,10 @@ class Recipe:
     """What to measure importance on; used only without `scores.path`."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share the measurement; pruning gives the same result for all."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the measurement; the weights keep the dtype they have."""
     seed: int = 1234
-    """Has no effect: nothing here is random. Every stage accepts it."""
+    """Accepted as by every stage; nothing here is random."""
 
 
 def main(recipe: Recipe) -> None:
@@ -88,9 +86,10 @@ def _scores(recipe: Recipe) -> ImportanceScores:
     """The scores that the recipe names, or new ones, measured by all ranks."""
     path = recipe.scores.path
     if path is not None:
+        scores = load_scores(path)
         artifact.verify(path if path.is_dir() else path.parent)
         check_origin(path, recipe.model.path)
-        return load_scores(path)
+        return scores
     if recipe.data is None:
         raise MinitronError(
             "pruning to this shape needs importance scores; give --scores.path (a directory that "

@@ -6,7 +6,6 @@ TensorBoard gets the same numbers where it is installed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ from typing import Any, Generic, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from minitron.config import launch_rank
 from minitron.errors import MinitronError
 
 METRICS = "metrics.jsonl"
@@ -48,13 +48,14 @@ class MetricsWriter:
     def __init__(self, directory: Path, *, enabled: bool, append: bool = False) -> None:
         self._path = directory / METRICS
         self._tensorboard_dir = directory / "tensorboard"
-        self._tensorboard: Any = None
-        self._purge_step: int | None = None
         self._file: TextIO | None = None
-        if enabled:
-            if append and self._path.exists():
-                self._rewrite(read_metrics(self._path))
-            self._file = self._path.open("a" if append else "w", encoding="utf-8")
+        self._tensorboard: Any = None
+        if not enabled:
+            return
+        if append and self._path.exists():
+            self._rewrite(read_metrics(self._path))
+        self._file = self._path.open("a" if append else "w", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(self._tensorboard_dir)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record, in full before this returns; its numbers are scalars at its `step`."""
@@ -63,7 +64,7 @@ class MetricsWriter:
         finite = {key: _finite(value) for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
-        if "step" in record and self._open_tensorboard():
+        if self._tensorboard is not None and "step" in record:
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):
                     self._tensorboard.add_scalar(key, value, record["step"])
@@ -75,14 +76,16 @@ class MetricsWriter:
         self._file.close()
         self._rewrite([r for r in read_metrics(self._path) if r.get("step", step) <= step])
         self._file = self._path.open("a", encoding="utf-8")
-        self._purge_step = step + 1
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _open_tensorboard(self._tensorboard_dir, purge_step=step + 1)
 
     def close(self) -> None:
-        """Close the files; nothing can be written afterwards."""
+        """Close the files; later records are not written."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._tensorboard:
+        if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
 
@@ -92,17 +95,14 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
         os.replace(temporary, self._path)
 
-    def _open_tensorboard(self) -> bool:
-        """Start TensorBoard at the first record, when a resume has set the step to purge from."""
-        if self._tensorboard is None:
-            self._tensorboard = False
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
 
-                self._tensorboard = SummaryWriter(
-                    str(self._tensorboard_dir), purge_step=self._purge_step
-                )
-        return bool(self._tensorboard)
+def _open_tensorboard(directory: Path, *, purge_step: int | None = None) -> Any:
+    """A TensorBoard writer, or None where it is not installed or does not import."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception:  # a broken protobuf raises TypeError
+        return None
+    return SummaryWriter(str(directory), purge_step=purge_step)
 
 
 def _finite(value: Any) -> Any:
@@ -152,6 +152,7 @@ class Progress(Generic[Item]):
         self._initial = self._done = initial
         self._postfix: dict[str, Any] = {}
         self._start = self._last_line = time.monotonic()
+        self._logged: float | None = None
         self._bar: Any = None
         self._lines = enabled and not sys.stderr.isatty()
         if enabled and not self._lines:
@@ -192,13 +193,13 @@ class Progress(Generic[Item]):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._lines:
+        elif self._lines and self._done != self._logged:
             self._log_line()
         self._lines = False
 
     def _log_line(self) -> None:
         now = time.monotonic()
-        self._last_line = now
+        self._last_line, self._logged = now, self._done
         elapsed = now - self._start
         rate = (self._done - self._initial) / elapsed if elapsed else 0.0
         parts = [f"{_short(self._done)} {self._unit}"]
@@ -220,7 +221,7 @@ def progress(
     total: float | None = None,
     desc: str,
     unit: str = "it",
-    enabled: bool = True,
+    enabled: bool | None = None,
     initial: float = 0,
 ) -> Progress[Item]:
     """Show a tqdm bar on a terminal, else a log line every ten seconds and at the end.
@@ -232,11 +233,13 @@ def progress(
         total: units in all; taken from `len(iterable)` where that exists.
         desc: what is going on.
         unit: what is counted, in the plural ("tokens").
-        enabled: False shows nothing (ranks other than 0).
+        enabled: False shows nothing; None means rank 0 alone.
         initial: units done before, by the run that this one resumes.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]
+    if enabled is None:
+        enabled = launch_rank() == 0
     return Progress(iterable, total=total, desc=desc, unit=unit, enabled=enabled, initial=initial)
 
 
@@ -277,6 +280,6 @@ def _formatted(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short(value: float) -> str:
-    """12.3k, 4.56M; whole numbers below a thousand as they are."""
-    whole = value == int(value) and abs(value) < 1000
+    """12.3k, 4.56M; whole numbers below ten thousand as they are."""
+    whole = value == int(value) and abs(value) < 10_000
     return str(int(value)) if whole else tqdm.format_sizeof(value)

@@ -11,12 +11,13 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import select
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -32,7 +33,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 GRACE_S = 10.0
-"""How long a failed rank leaves another the time to print before it exits."""
+"""How long a failed rank waits for torchrun to end it on behalf of the rank that speaks."""
 
 _CHATTY = ("megatron", "torch", "transformer_engine", "filelock", "matplotlib")
 _FAILURE_KEY = "minitron/failure"
@@ -54,12 +55,10 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
         _exit(USER_ERROR)
     except KeyboardInterrupt:
         _exit(INTERRUPTED)
-    except BrokenPipeError:
-        if _discard_broken_stdout():
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_stdout_broken():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
             _exit(BROKEN_PIPE)
-        _report(_traceback())
-        _exit(BUG)
-    except Exception:
         _report(_traceback())
         _exit(BUG)
     distributed = _distributed()
@@ -78,7 +77,7 @@ def configure_logging() -> None:
     )
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", module=name.replace(".", r"\."))
+        warnings.filterwarnings("ignore", module=name)
 
 
 class _StderrHandler(logging.Handler):
@@ -100,27 +99,30 @@ def _distributed() -> Any:
 
 
 def _report(message: str) -> None:
-    """Print a failure unless another rank already speaks for the job.
+    """Print a failure unless another rank speaks for the job.
 
-    torchrun ends all ranks as soon as one exits, so a silent rank waits until the text is out.
+    torchrun ends all ranks as soon as one exits, so a silent rank leaves the other the time to
+    print, and the place of the root cause in torchrun's own summary.
     """
-    rank = config.launch_rank()
     distributed = _distributed()
-    store = None
-    if distributed is not None:
-        # A store that its host took with it raises; then nobody else can be heard: print.
-        with contextlib.suppress(Exception):
-            store = distributed.distributed_c10d._get_default_store()
-            if store.add(_FAILURE_KEY, 1) > 1:
-                store.wait([f"{_FAILURE_KEY}/printed"], timedelta(seconds=GRACE_S))
-                return
-    elif rank:
-        time.sleep(GRACE_S)  # all ranks meet the same mistake before they know each other
+    if not _is_first_failure(distributed):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE_S)
+        if distributed is not None:
+            return
     sys.stderr.write(f"{message}\n")  # in one piece: other ranks write here too
     sys.stderr.flush()
-    if store is not None:
-        with contextlib.suppress(Exception):
-            store.set(f"{_FAILURE_KEY}/printed", "1")
+
+
+def _is_first_failure(distributed: Any) -> bool:
+    """Whether no other rank failed before; without a process group rank 0 always is the first."""
+    if distributed is None:
+        return config.launch_rank() == 0
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        return store.add(_FAILURE_KEY, 1) == 1
+    except RuntimeError:  # the process that served the store is gone: nobody else can speak
+        return True
 
 
 def _traceback() -> str:
@@ -128,14 +130,11 @@ def _traceback() -> str:
     return f"[rank {config.launch_rank()}] {text}" if "RANK" in os.environ else text
 
 
-def _discard_broken_stdout() -> bool:
-    """Whether the reader of stdout has gone (`... | head`); if so, write what is left nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _is_stdout_broken() -> bool:
+    """Whether the reader of stdout has gone (`... | head`)."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _exit(status: int) -> NoReturn:

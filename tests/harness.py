@@ -7,6 +7,7 @@ milliseconds: so four processes are started once, and every test runs its functi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 
@@ -76,9 +78,14 @@ class RankPool:
             process.start()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes and those they started (checkpoint writers), which would outlive them."""
         for process in self._processes:
-            process.kill()
+            for child in [
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             process.join()
         self._processes = []
 

@@ -51,7 +51,7 @@ def tiny_config(**overrides) -> LlamaConfig:
 
 
 def random_llama(config: LlamaConfig, *, seed: int = 0) -> LlamaForCausalLM:
-    """A model without a single tensor that a mistake could leave unnoticed, norms and biases too."""
+    """A model whose norms and biases are random too, so that no mistake in them goes unnoticed."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():

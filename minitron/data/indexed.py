@@ -80,17 +80,12 @@ class TokenStream:
         limits = np.iinfo(self.dtype)
         if limits.min == 0 and limits.max < vocab_size:
             return
-        with progress(
-            total=self.num_tokens,
-            desc=f"checking {self._bin.name}",
-            unit="tokens",
-            enabled=self.num_tokens > _LONG_SCAN,
-        ) as bar:
-            for start in range(0, self.num_tokens, _CHUNK):
-                chunk = self._tokens[start : start + _CHUNK]
-                if chunk.max() >= vocab_size or chunk.min() < 0:
-                    self._refuse_id(start, chunk, vocab_size)
-                bar.update(len(chunk))
+        starts = range(0, self.num_tokens, _CHUNK)
+        is_long = self.num_tokens > _LONG_SCAN
+        for start in progress(starts, desc=f"checking {self._bin}", unit="chunks", enabled=is_long):
+            chunk = self._tokens[start : start + _CHUNK]
+            if chunk.max() >= vocab_size or chunk.min() < 0:
+                self._refuse_id(start, chunk, vocab_size)
 
     def _refuse_id(self, start: int, chunk: NDArray[np.integer], vocab_size: int) -> None:
         offset = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])

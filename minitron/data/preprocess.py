@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import multiprocessing
 import os
 import tempfile
@@ -18,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from minitron import artifact
 from minitron.data.indexed import as_prefix
-from minitron.data.text import ACCEPTED, RawDocument, find_files, read_raw
+from minitron.data.text import TEXT_FORMS, RawDocument, find_files, read_raw
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
-from minitron.metrics import log, progress
+from minitron.metrics import Progress, log, progress
 
 DEFAULT_WORKERS = 8
 CACHE_VARIABLE = "MINITRON_CACHE"
@@ -39,6 +39,23 @@ _FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 # A worker takes seconds to start; less text than this is tokenised sooner without it.
 _MIN_BYTES_PER_WORKER = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Text to tokenise."""
+
+    path: list[str]
+    """A .txt file (one document), a .jsonl file (one document a line, in the field `text`), or a
+    directory of such files; several are tokenised one after the other."""
+    workers: int = DEFAULT_WORKERS
+    """Most processes to use; fewer where there are fewer cores or little text."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise MinitronError("data.path is empty; give at least one file or directory")
+        if self.workers < 1:
+            raise MinitronError(f"data.workers={self.workers} must be at least 1")
 
 
 def preprocess(
@@ -72,7 +89,12 @@ def preprocess(
 
 
 def check_free(prefix: Path, *, overwrite: bool) -> None:
-    """Refuse to replace token files unless `overwrite`."""
+    """Refuse a prefix that is a directory, or whose token files exist, unless `overwrite`."""
+    if prefix.is_dir():
+        raise MinitronError(
+            f"--out {prefix} is a directory; give the common part of the files' paths, "
+            f"such as {prefix / 'train'}"
+        )
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
         if path.exists() and not overwrite:
@@ -101,9 +123,13 @@ def tokenised_prefix(
         MinitronError: there is no data at `path`, or it cannot be tokenised.
     """
     path, prefix = Path(path), as_prefix(path)
-    halves = [s for s in (".bin", ".idx") if Path(f"{prefix}{s}").exists()]
-    if len(halves) == 2 or path != prefix or (halves and not path.exists()):
+    pair = [Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx")]
+    if path != prefix or all(pair) or (any(pair) and not path.exists()):
         return prefix  # what is missing of the pair is for TokenStream to say
+    if not path.exists():
+        raise MinitronError(
+            f"{path} does not exist; data is {TEXT_FORMS}, or the prefix of a .bin/.idx pair"
+        )
     files = find_files(path)
     if tokenizer is None:
         raise MinitronError(
@@ -131,8 +157,11 @@ def check_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
     path = Path(f"{prefix}.json")
     if not path.exists():
         return
-    made_by = artifact.read_json(path).get("tokenizer", {})
-    if made_by.get("fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+    record = artifact.read_json(path)
+    made_by = record.get("tokenizer") if isinstance(record, dict) else None
+    if not isinstance(made_by, dict) or "fingerprint" not in made_by:
+        return  # somebody else's file
+    if made_by["fingerprint"] != tokenizer.fingerprint:
         raise MinitronError(
             f"{prefix}.bin was tokenised with {made_by.get('path')} ({made_by['fingerprint']}), "
             f"but the model's tokenizer is {tokenizer.path} ({tokenizer.fingerprint}); "
@@ -176,12 +205,14 @@ def _preprocess(
                 ],
             }
             artifact.write_json(Path(f"{partial}.json"), record)
-            # Without its index the old data is gone for good before the new data takes its place.
+            # An old index must never stand beside new data.
             Path(f"{prefix}.idx").unlink(missing_ok=True)
             for suffix in (".bin", ".json", ".idx"):
                 os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")
     except OSError as error:
-        raise MinitronError(f"{prefix}.bin cannot be written ({error}); mend that") from None
+        raise MinitronError(
+            f"tokenising into {prefix}.bin failed ({error}); check free space and permissions there"
+        ) from None
     except BrokenProcessPool:
         raise MinitronError(
             f"one of {workers} tokenising processes was killed, most often for want of memory; "
@@ -202,20 +233,21 @@ def _write(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     num_documents = num_tokens = 0
+    bar: Progress[None]
     with (
         contextlib.closing(builder.data_file),
-        progress(total=num_bytes / 1e6, desc="tokenising", unit="MB") as bar,
+        progress(total=num_bytes, desc="tokenising", unit="B") as bar,
     ):
         for documents, done_bytes in _encode_all(files, tokenizer, workers):
             for document in documents:
                 builder.add_document(document, [len(document)])
                 num_tokens += len(document)
             num_documents += len(documents)
-            bar.update(done_bytes / 1e6)
+            bar.update(done_bytes)
         if num_documents == 0:
             raise MinitronError(
                 f"{files[0]}{' and the other files hold' if files[1:] else ' holds'} no text; "
-                f"data is {ACCEPTED}"
+                f"give {TEXT_FORMS}"
             )
         builder.finalize(f"{prefix}.idx")
     return {"documents": num_documents, "tokens": num_tokens}
@@ -250,8 +282,15 @@ def _encode_all(files: Sequence[Path], tokenizer: Tokenizer, workers: int) -> It
 
 def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
     """Group consecutive documents into about 1 MiB, enough to outweigh sending them."""
-    ends = itertools.accumulate((len(d.data) for d in documents), initial=0)
-    raise NotImplementedError(ends)
+    chunk: list[RawDocument] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.data)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
 
 
 def _encode(tokenizer: Tokenizer, chunk: Sequence[RawDocument]) -> Encoded:

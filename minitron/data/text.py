@@ -15,9 +15,9 @@ from typing import NamedTuple
 from minitron.errors import MinitronError
 
 SUFFIXES = (".txt", ".jsonl")
-ACCEPTED = (
+TEXT_FORMS = (
     "a .txt file (one document), a .jsonl file (one document a line, in the field `text`), "
-    "a directory of such files, or the prefix of a .bin/.idx pair"
+    "or a directory of such files"
 )
 
 
@@ -79,11 +79,11 @@ def find_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
-            raise MinitronError(f"{path} holds no .txt or .jsonl file; data is {ACCEPTED}")
+            raise MinitronError(f"{path} holds no .txt or .jsonl file; give {TEXT_FORMS}")
     elif not path.exists():
-        raise MinitronError(f"{path} does not exist; data is {ACCEPTED}")
+        raise MinitronError(f"{path} does not exist; give {TEXT_FORMS}")
     elif path.suffix not in SUFFIXES:
-        raise MinitronError(f"{path} is neither .txt nor .jsonl; data is {ACCEPTED}")
+        raise MinitronError(f"{path} is neither .txt nor .jsonl; give {TEXT_FORMS}")
     else:
         files = [path]
     for file in files:

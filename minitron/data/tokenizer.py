@@ -82,7 +82,10 @@ class Tokenizer(abc.ABC):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`; its EOD comes from the configs beside it."""
+    """A `tokenizer.json`; its EOD comes from the configs beside it.
+
+    Special tokens that a text spells out are taken as such, as transformers takes them.
+    """
 
     canonical_name = HUGGING_FACE_FILE
 
@@ -207,7 +210,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     )
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: Path) -> Tokenizer:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
     """Train a byte-fallback BPE, like Llama 2's, and write it as `tokenizer.model`.
 
     Nothing is normalised, so that source code comes back exactly from its tokens (all but U+2581,
@@ -239,8 +242,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: Path) ->
         )
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from None
-    path = out_dir / SENTENCEPIECE_FILE
-    path.write_bytes(model.getvalue())
+    (out_dir / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
     artifact.write_json(
         out_dir / "tokenizer_config.json",
         {
@@ -256,7 +258,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: Path) ->
             "clean_up_tokenization_spaces": False,
         },
     )
-    return load_tokenizer(path)
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
@@ -299,13 +300,13 @@ def _training_error(message: str, vocab_size: int) -> MinitronError:
     """Say what sentencepiece's failed assertion means."""
     if match := re.search(r"set it to a value <= (\d+)", message):
         return MinitronError(
-            f"train_vocab_size={vocab_size} is more than this text can fill; "
+            f"tokenizer.train_vocab_size={vocab_size} is more than this text can fill; "
             f"give more text or at most {match[1]}"
         )
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return MinitronError(
-            f"train_vocab_size={vocab_size} cannot hold 3 control pieces, 256 bytes and the "
-            f"characters of this text; give at least {match[1]}"
+            f"tokenizer.train_vocab_size={vocab_size} cannot hold 3 control pieces, 256 bytes and "
+            f"the characters of this text; give at least {match[1]}"
         )
     if "!sentences_.empty()" in message:
         return MinitronError("there is no text to train a tokenizer on; the input is empty")

@@ -286,12 +286,12 @@ def open_weights(directory: Path, arch: Architecture) -> WeightReader:
     reader = WeightReader(directory)
     for name, info in tensor_infos(arch, torch.float32).items():
         if name not in reader:
-            hint = "; set tie_word_embeddings if it is tied" if name == LM_HEAD else ""
-            raise MinitronError(f"{directory} lacks the tensor {name}{hint}")
+            remedy = "set tie_word_embeddings if it is tied" if name == LM_HEAD else "restore it"
+            raise MinitronError(f"{directory} lacks the tensor {name}; {remedy}")
         if reader.infos[name].shape != info.shape:
             raise MinitronError(
                 f"{directory}: {name} has shape {list(reader.infos[name].shape)}, "
-                f"{CONFIG_FILE} implies {list(info.shape)}"
+                f"{CONFIG_FILE} implies {list(info.shape)}; correct the one that is wrong"
             )
     for name in reader.infos.keys() - tensor_axes(arch).keys():
         if name == LM_HEAD:

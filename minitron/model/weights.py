@@ -154,18 +154,26 @@ class WeightWriter:
             )
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor at its place; its files must have been created."""
+        """Write a whole tensor at its place; its files must have been created.
+
+        Raises:
+            MinitronError: the disk is full or fails.
+        """
         info = self.infos[name]
         if tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, planned {info.shape}")
         path, offset = self._offsets[name]
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_WRONLY)
-        data = memoryview(
-            tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-        )
+        whole = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1)
+        data = whole.view(torch.uint8).numpy().data
         while data:
-            written = os.pwrite(self._descriptors[path], data, offset)
+            try:
+                written = os.pwrite(self._descriptors[path], data, offset)
+            except OSError as error:
+                raise MinitronError(
+                    f"{path} cannot be written ({error.strerror}); make room or write elsewhere"
+                ) from None
             data, offset = data[written:], offset + written
 
     def close(self) -> None:

@@ -41,10 +41,10 @@ class PruneConfig:
     num_layers: int | None = None
     """Layers to keep; the least influential ones go."""
     drop_layers: list[int] | None = None
-    """Layers to drop instead, counted from 1; needs no scores and no data."""
+    """Layers to drop whatever their influence, counted from 1; needs no scores and no data."""
 
     def __post_init__(self) -> None:
-        if not any(dataclasses.asdict(self).values()):
+        if all(value in (None, []) for value in dataclasses.asdict(self).values()):
             keys = ", ".join(f"prune.{field.name}" for field in dataclasses.fields(self))
             raise MinitronError(f"nothing to prune; give at least one of {keys}")
 

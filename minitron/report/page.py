@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ from minitron.report import plots
 from minitron.report.runs import Run, read_runs
 from minitron.report.style import CSS
 from minitron.report.table import Table
+
+_BANDS = "bands hold the middle 50% and 90% of each layer's scores, lines their median"
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> Table:
@@ -49,7 +52,9 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Table:
 def render(runs: Sequence[Run], table: Table) -> str:
     """The whole page as text."""
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    trained = [run for run in runs if run.training or run.validation]  # by color, in both plots
+    trained = [
+        run for run in runs if run.training or run.validation
+    ]  # in the order of their colors
     labels = table.labels()
     scored = [run for run in runs if run.scores is not None]
     sections = [
@@ -67,7 +72,9 @@ def render(runs: Sequence[Run], table: Table) -> str:
         ),
         _section(
             "Importance",
-            "\n".join(_figure(plots.scores_figure(run), caption=run.name) for run in scored),
+            "\n".join(
+                _figure(plots.scores_figure(run), caption=f"{run.name}; {_BANDS}") for run in scored
+            ),
         ),
         _section("Runs", "\n".join(map(_article, runs))),
     ]
@@ -129,9 +136,9 @@ def _article(run: Run) -> str:
             f"<pre>{html.escape(_command(run))}</pre>\n"
             f"<details><summary>Recipe</summary><pre>{text}</pre></details>\n"
         )
-    stage = html.escape(run.stage if run.finished else f"{run.stage}, unfinished")
+    status = f'<span class="muted">{html.escape(run.status)}</span>'
     return (
-        f'<article>\n<h3>{html.escape(run.name)} <span class="muted">{stage}</span></h3>\n'
+        f"<article>\n<h3>{html.escape(run.name)} {status}</h3>\n"
         f"<dl>\n{rows}\n</dl>\n{recipe}</article>"
     )
 
@@ -163,9 +170,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _command(run: Run) -> str:
     """The command that runs the stage again, on the fewest ranks that its recipe allows."""
     parallel = run.recipe.get("parallel") or {}
-    ranks = parallel.get("tensor_model_parallel_size", 1) * parallel.get(
-        "pipeline_model_parallel_size", 1
-    )
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    ranks = math.prod(parallel.get(size, 1) for size in sizes)
     recipe = run.path / artifact.RECIPE
     launcher = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python"
     name = recipe if recipe.exists() else artifact.RECIPE

@@ -1,7 +1,7 @@
-"""Plots as inline SVG that follow the page: its font, its colours, light or dark.
+"""Plots as inline SVG that follow the page: its font, its colors, light or dark.
 
-matplotlib draws with one literal colour for each role; afterwards every such literal becomes the
-page's CSS variable of that role, so that one drawing serves both colour schemes and print.
+matplotlib draws with one literal color for each role; afterwards every such literal becomes the
+page's CSS variable of that role, so that one drawing serves both color schemes and print.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from minitron.errors import MinitronError
 from minitron.report.runs import Curve, Run
-from minitron.report.table import count_text
+from minitron.report.table import count_text, scaled
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,17 +35,11 @@ _CSS_VARIABLES = {
     PAPER: "var(--paper)",
 }
 _MARKERS = "os^DvPX*"
-_SOLID, _DASHED, _DOTTED, _DASH_DOTTED = (
-    "-",
-    (0, (5, 1.5)),
-    (0, (1.2, 1.2)),
-    (0, (6, 1.5, 1.2, 1.5)),
-)
-_DASHES: tuple[Any, ...] = (_SOLID, _DASHED, _DOTTED, _DASH_DOTTED)
+_DOTTED = (0, (1.2, 1.2))
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), _DOTTED, (0, (6, 1.5, 1.2, 1.5)))
 _MAX_POINTS = 400  # of one line; a longer one is averaged in pieces, with its range as a band
-_MAX_MARKED_POINTS = 30
+_MAX_MARKS = 30  # of one line
 _BANDS = ((0.05, 0.95, 0.15), (0.25, 0.75, 0.3))  # lower quantile, upper quantile, opacity
-
 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it scales, is found by a search and read aloud
@@ -138,7 +132,8 @@ def training_figure(run: Run, index: int) -> str | None:
     figure = _figure(4.7, 3.1)
     axes = figure.subplots()
     for offset, (key, line) in enumerate(lines.items()):
-        _draw(axes, line, index, label=key, dashes=_DASHES[offset])
+        # The second line keeps the run's color and takes other dashes.
+        _draw(axes, line, index + offset * NUM_SERIES, label=key, alone=True)
     axes.set(xlabel="optimizer step", ylabel=f"{', '.join(lines)} (nats per token)")
     _count_ticks(axes)
     if len(lines) > 1:
@@ -158,7 +153,7 @@ def scores_figure(run: Run) -> str:
     layers = np.arange(1, len(influence) + 1)  # counted from 1, like prune.drop_layers
     axes_names = {"hidden": "Embedding channels", "ffn": "MLP neurons", "heads": "Attention heads"}
     figure = _figure(9.6, 6.2)
-    grid = figure.add_gridspec(2, 6)
+    grid = figure.add_gridspec(2, 6, hspace=0.12)
 
     axes = figure.add_subplot(grid[0, :3], title="Block influence")
     axes.bar(layers, influence, color=INK, alpha=0.75, width=0.7)
@@ -169,7 +164,7 @@ def scores_figure(run: Run) -> str:
     for i, (name, label) in enumerate(axes_names.items()):
         # Channels are ranked once for all layers, by their sum; the others within each layer.
         ranked = scores[name].sum(axis=0, keepdims=True) if name == "hidden" else scores[name]
-        _draw(axes, retained(ranked), i, label=label, band=False)
+        _draw(axes, retained(ranked), i, label=label)
     axes.plot([0, 100], [0, 100], color=MUTED, lw=0.8, linestyle=_DOTTED, label="All alike")
     axes.set(xlabel="kept, the best first (%)", ylabel="share of all importance (%)")
     axes.set(xlim=(0, 100), ylim=(0, 101))
@@ -233,32 +228,35 @@ def retained(scores: NDArray[Any]) -> Line:
 
 
 def _draw(
-    axes: Any,
-    line: Line,
-    index: int,
-    *,
-    label: str | None = None,
-    dashes: Any = None,
-    band: bool = True,
+    axes: Any, line: Line, index: int, *, label: str | None = None, alone: bool = False
 ) -> None:
-    """Draw a line in the colour, dashes and marker of series `index`, with its range as a band."""
+    """Draw a line and its range in the color, dashes and marker of series `index`.
+
+    Args:
+        axes: where to draw.
+        line: what to draw.
+        index: the series; what it looks like stays the same in all plots.
+        label: its name in the legend.
+        alone: no other series is in the axes, so that a long line needs no markers.
+    """
     color = SERIES[index % NUM_SERIES]
     axes.plot(
         line.x,
         line.y,
         color=color,
         label=label,
-        linestyle=dashes or _DASHES[index // NUM_SERIES % len(_DASHES)],
-        marker=_MARKERS[index % NUM_SERIES] if len(line.x) <= _MAX_MARKED_POINTS else None,
+        linestyle=_DASHES[index // NUM_SERIES % len(_DASHES)],
+        marker=None if alone and len(line.x) > _MAX_MARKS else _MARKERS[index % NUM_SERIES],
+        markevery=-(-len(line.x) // _MAX_MARKS),
     )
-    if band and len(line.x) == _MAX_POINTS:
+    if (line.high > line.low).any():
         axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.2, lw=0)
 
 
 def _count_ticks(axes: Any) -> None:
     """Label the x axis with whole counts: 0, 500k, 1M."""
     axes.locator_params(axis="x", integer=True)
-    axes.xaxis.set_major_formatter(lambda value, _: re.sub(r"\.0*(?=\D|$)", "", count_text(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: "{:g}{}".format(*scaled(value)))
 
 
 def _describe(line: Line) -> str:
@@ -291,7 +289,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _svg(figure: Any, alternative_text: str) -> str:
-    """Render a figure as an SVG element that takes its colours from the page around it."""
+    """Render a figure as an SVG element that takes its colors from the page around it."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=nothing)

@@ -7,7 +7,6 @@ the last line of its metrics may be half a line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,8 @@ from safetensors.numpy import load_file
 
 from minitron import artifact
 from minitron.errors import MinitronError
+from minitron.metrics import METRICS, read_metrics
 
-METRICS = "metrics.jsonl"
 EVALUATION = "eval.json"
 SCORES = "scores.safetensors"
 
@@ -56,16 +55,22 @@ class Run:
     """hidden [L, h], ffn [L, f], heads [L, n] and block_influence [L]."""
 
     @property
+    def status(self) -> str:
+        """The stage, and whether it is still to finish."""
+        return self.stage if self.finished else f"{self.stage}, unfinished"
+
+    @property
     def validation_data(self) -> str | None:
         """What the losses were measured on; losses on different data do not compare."""
-        data = self.recipe.get("data")
-        if not isinstance(data, Mapping):
-            return None
-        paths = data.get("path") if self.evaluation else data.get("valid_path") or data.get("path")
+        data = self.recipe.get("data") or {}
+        paths = data.get("path" if self.evaluation else "valid_path")
         if not paths:
             return None
         text = ", ".join(map(str, paths)) if isinstance(paths, list) else str(paths)
-        return f"{text}, sequences of {data['seq_length']}" if "seq_length" in data else text
+        samples = None if self.evaluation else data.get("valid_samples")
+        first = f"the first {samples:,} samples of " if samples else ""
+        length = f", sequences of {data['seq_length']:,}" if "seq_length" in data else ""
+        return first + text + length
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -99,7 +104,7 @@ def read_run(path: Path, name: str) -> Run:
     if not isinstance(manifest, dict):
         raise MinitronError(f"{path / artifact.MANIFEST} does not hold a JSON object")
     recipe = manifest.get("recipe", {})
-    records = _read_metrics(path / METRICS) if has_metrics else []
+    records = read_metrics(path / METRICS) if has_metrics else []
     return Run(
         path=path,
         name=name,
@@ -138,25 +143,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise MinitronError(f"{path} is not valid YAML ({reason})") from None
     return recipe if isinstance(recipe, dict) else {}
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break  # still being written, or cut off by a kill
-            record = None
-        if not isinstance(record, dict) or "step" not in record:
-            raise MinitronError(
-                f"{path}, line {number} is not a metrics record: {line[:60]!r}; "
-                "the file is damaged: remove that line"
-            )
-        records.append(record)
-    return records
 
 
 def _curve(records: Sequence[Mapping[str, Any]], key: str, *more: str) -> Curve | None:

@@ -5,7 +5,7 @@ CSS = """\
   color-scheme: light dark;
   --paper: #fdfdfc; --raised: #f5f6f5; --ink: #1d2227; --muted: #5b6570; --grid: #dde1e4;
   --link: #00609c;
-  /* Eight lines that stay apart for colour-blind eyes; marks and dashes repeat the distinction. */
+  /* Eight lines that stay apart for color-blind eyes; marks and dashes repeat the distinction. */
   --series-0: #0067a8; --series-1: #c8480a; --series-2: #007a5e; --series-3: #9a4f9f;
   --series-4: #956a00; --series-5: #5a6570; --series-6: #c22d72; --series-7: #16829b;
 }

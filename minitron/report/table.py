@@ -65,7 +65,7 @@ def row_of(run: Run) -> Row:
     curves = [curve for curve in (run.validation, run.training) if curve is not None]
     return Row(
         model=run.name,
-        stage=run.stage if run.finished else f"{run.stage}, unfinished",
+        stage=run.status,
         parameters=run.num_parameters,
         loss_before=before,
         loss_after=after,
@@ -146,7 +146,7 @@ class Table:
             f"<tr>{''.join(_html_cell(cell, i) for i, cell in enumerate(row))}</tr>"
             for row in self.cells()
         )
-        head = "".join(f'<th scope="col">{title}</th>' for title in HEADER)
+        head = "".join(f'<th scope="col">{title}{_html_marks(title, "")}</th>' for title in HEADER)
         notes = "\n".join(f"<li>{html.escape(note)}</li>" for note in self.notes())
         return (
             '<div class="scroll"><table class="results">\n'
@@ -165,7 +165,7 @@ class Table:
             if loss is None
             else Cell(
                 text=f"{loss:.3f}",
-                best=len(measured_on[row.data]) > 1 and loss == min(measured_on[row.data]),
+                best=loss == min(measured_on[row.data]) < max(measured_on[row.data]),
                 note=self._note(row),
             )
             for row, loss in zip(self.rows, losses, strict=True)
@@ -187,10 +187,16 @@ def count_text(count: float | None) -> str:
     """A count with three significant digits and the usual suffix: 4.51B, 8.39M, 512."""
     if count is None:
         return MISSING
+    value, suffix = scaled(count)
+    return f"{value:#.3g}".rstrip(".") + suffix if suffix else f"{value:.0f}"
+
+
+def scaled(count: float) -> tuple[float, str]:
+    """A count in its largest unit, and the unit's suffix."""
     for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= unit * 0.9995:  # 999,500 and more is written 1.00M, not 1000k
-            return f"{count / unit:#.3g}".rstrip(".") + suffix
-    return f"{count:.0f}"
+        if count >= 0.9995 * unit:  # what rounds to 1000k is 1.00M
+            return count / unit, suffix
+    return count, ""
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -206,6 +212,10 @@ def _html_cell(cell: Cell, column: int) -> str:
     text = html.escape(cell.text)
     if cell.best:
         text = f"<strong>{text}</strong>"
-    if HEADER[column].startswith("loss"):
-        text += f"<sup>{cell.marks}</sup>"  # also where empty, so that the numbers line up
+    text += _html_marks(HEADER[column], cell.marks)
     return f'<th scope="row">{text}</th>' if column == 0 else f"<td>{text}</td>"
+
+
+def _html_marks(title: str, marks: str) -> str:
+    """The marks in a column of losses; where empty, their room, so that the numbers line up."""
+    return f"<sup>{marks}</sup>" if title.startswith("loss") else ""

@@ -73,8 +73,16 @@ def test_parameter_count_equals_that_of_transformers(overrides):
 
 @pytest.mark.parametrize(
     "name",
-    ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"]
-    + ["kv_channels", "vocab_size", "max_position_embeddings"],
+    [
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "vocab_size",
+        "max_position_embeddings",
+    ],
 )
 @pytest.mark.parametrize("value", [0, -8, 8.0, "8", None])
 def test_a_size_must_be_a_positive_whole_number(name, value):
@@ -83,7 +91,7 @@ def test_a_size_must_be_a_positive_whole_number(name, value):
 
 
 def test_heads_must_divide_into_groups():
-    with pytest.raises(MinitronError, match="num_attention_heads=8 .* num_query_groups=3"):
+    with pytest.raises(MinitronError, match=r"num_attention_heads=8 .* num_query_groups=3"):
         dataclasses.replace(SMALL, num_query_groups=3)
 
 

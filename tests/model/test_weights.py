@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -121,6 +123,22 @@ def test_writer_converts_to_the_planned_dtype_and_takes_views(tmp_path):
     writer.write("t", tensor.T.requires_grad_())
     writer.close()
     assert torch.equal(load_file(tmp_path / SINGLE_FILE)["t"], tensor.T.bfloat16())
+
+
+def test_writer_goes_on_after_a_short_write(tmp_path, tensors, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:7], offset))
+    write(tmp_path, tensors)
+    assert_same(load_file(tmp_path / SINGLE_FILE), tensors)
+
+
+def test_full_disk(tmp_path, tensors, monkeypatch):
+    def pwrite(fd, data, offset):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(MinitronError, match=r"safetensors cannot be written \(No space left"):
+        write(tmp_path, tensors)
 
 
 def test_writer_refuses_another_shape(tmp_path):

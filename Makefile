@@ -1,0 +1,50 @@
+# What a developer runs; `make` alone lists it. Everything is installed into .venv and nowhere else.
+#
+# PyPI's torch for Linux brings several GB of CUDA libraries. On a machine without a GPU this avoids
+# them:
+#     make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: .venv/.dev ## Create .venv with the pinned dependencies, test and development tools
+
+demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 8 minutes on 2 cores
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
+
+test: .venv/.dev ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove builds, caches and the demo's output, but not .venv
+	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The stamps repeat an installation when what it depends on has changed.
+.venv/.dev: .venv/.runtime
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+# torch first: with it in place nothing else resolves to another build of it.
+.venv/.runtime: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(INSTALL) --editable '.[plot]'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'error: $(PYTHON) is missing or older than 3.10; name another: make setup PYTHON=...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

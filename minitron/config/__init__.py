@@ -1,0 +1,125 @@
+"""Recipes: frozen dataclasses filled from YAML and dotted command-line keys.
+
+A recipe is a dataclass whose fields are keys or sections (nested dataclasses); the string literal
+after a field is its help text. Both sources are flattened to `section.key -> text` before anything
+is interpreted (`sources.py`): YAML scalars stay text too, so that the declared type alone decides
+what `1e-4`, `no` or `null` means, and the command line and YAML cannot differ. `keys.py` describes
+a recipe class, `typed.py` turns text into values of the declared types and writes `--help`.
+
+Relative paths, also those in a YAML file, are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from minitron.config import sources, typed
+from minitron.config.keys import Key, keys_of, parents, plain
+from minitron.errors import MinitronError
+
+Recipe = TypeVar("Recipe")
+
+
+def parse(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> Recipe:
+    """Build a recipe from `--config FILE` and dotted keys, which win wherever they stand.
+
+    Of several files the later ones win. `--help` and `--print_config` print on rank 0 and end the
+    process with status 0. A repeated key of a list type accumulates; a bare key of type bool means
+    true; a plain value for a section that has a `path` key sets that key; `null` switches an
+    optional section off.
+
+    Args:
+        recipe_class: a dataclass; its sections are dataclasses too.
+        argv: the arguments; those of the process if None.
+
+    Raises:
+        MinitronError: a key is unknown, missing or of the wrong type, a file cannot be read, or a
+            section's own check failed.
+    """
+    keys = keys_of(recipe_class)
+    flags = sources.split_flags(sys.argv[1:] if argv is None else argv, keys)
+    if "help" in flags:
+        _print_and_exit(typed.help_text(recipe_class, keys))
+    given: dict[str, Any] = {}
+    for name, value in sources.assignments(flags, keys):
+        _assign(given, keys[name], value)
+    recipe = _build(recipe_class, "", keys, _resolve(keys, given))
+    if "print_config" in flags:
+        _print_and_exit(_to_yaml(recipe))
+    return recipe
+
+
+def to_dict(recipe: Any) -> dict[str, Any]:
+    """The recipe, or a section, as plain values that JSON and YAML hold, in field order."""
+    return plain(recipe)
+
+
+def save(recipe: Any, path: Path) -> None:
+    """Write the resolved recipe as YAML; `parse` with `--config path` gives it back."""
+    path.write_text(_to_yaml(recipe), encoding="utf-8")
+
+
+def launch_rank() -> int:
+    """The rank that torchrun gave this process, known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _assign(given: dict[str, Any], key: Key, value: Any) -> None:
+    """Record a value: switching a section off drops its keys, giving a key switches it on."""
+    if key.is_section and value is None:
+        for below in [name for name in given if name.startswith(f"{key.name}.")]:
+            del given[below]
+    for section in parents(key.name):
+        given[section] = {}
+    given[key.name] = value
+
+
+def _resolve(keys: Mapping[str, Key], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key with its value, given or default; a section that is off is None without keys."""
+    values: dict[str, Any] = {}
+    missing = []
+    for name, key in keys.items():
+        if any(values.get(section, {}) is None for section in parents(name)):
+            continue
+        value = given.get(name, key.default)
+        if value is not dataclasses.MISSING or key.is_section:
+            values[name] = value
+        else:
+            missing.append(f"--{name}")
+    if missing:
+        raise MinitronError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give "
+            f"{'it' if len(missing) == 1 else 'them'} on the command line or in the --config file"
+        )
+    return values
+
+
+def _build(
+    cls: type[Recipe], prefix: str, keys: Mapping[str, Key], values: Mapping[str, Any]
+) -> Recipe:
+    arguments = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        name = prefix + field.name
+        arguments[field.name] = values[name]
+        if keys[name].is_section and values[name] is not None:
+            arguments[field.name] = _build(keys[name].type, f"{name}.", keys, values)
+    return cls(**arguments)
+
+
+def _to_yaml(recipe: Any) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    if launch_rank() == 0:
+        print(text, end="", flush=True)
+    raise SystemExit(0)

@@ -1,0 +1,295 @@
+"""The data section of a recipe, and the micro-batches that a rank computes with.
+
+Batches are functions of the step and of the rank's place in the data-parallel group: nothing is
+iterated over, so that there is no position to lose when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minitron.data.indexed import TokenStream
+from minitron.data.preprocess import DEFAULT_WORKERS, check_tokenizer, tokenised_prefix
+from minitron.data.sampling import Blend, TokenWindows
+from minitron.data.tokenizer import Tokenizer
+from minitron.errors import MinitronError
+
+_WEIGHTED = re.compile(r"([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?):(.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text or tokens come from, and how they are cut into samples."""
+
+    path: list[str]
+    """A .txt file, a .jsonl file with a `text` field, a directory of such files, or the prefix of a
+    .bin/.idx pair. Several are read as one, or blended if each is given as WEIGHT:PATH. Text is
+    tokenised once, into $MINITRON_CACHE (default ~/.cache/minitron/data)."""
+    valid_path: list[str] = field(default_factory=list)
+    """The same for validation, without weights; empty for none."""
+    seq_length: int = 1024
+    """Tokens of a sample."""
+    valid_samples: int | None = None
+    """Most samples of a validation; null for all."""
+    workers: int = DEFAULT_WORKERS
+    """Most processes that tokenise text; fewer where there are fewer cores or little text."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise MinitronError("data.path is empty; give at least one file, directory or prefix")
+        weights = [weight for weight, _ in map(_split_weight, self.path)]
+        if None in weights and any(weight is not None for weight in weights):
+            raise MinitronError(
+                f"data.path={self.path} has weights for some paths only; "
+                "write all as WEIGHT:PATH or none"
+            )
+        for entry, weight in zip(self.path, weights, strict=True):
+            if weight is not None and weight <= 0:
+                raise MinitronError(
+                    f"data.path={entry} has weight {float(weight)}; weights must be above 0"
+                )
+        _refuse_weights("data.valid_path", self.valid_path)
+        for name in ("seq_length", "workers", "valid_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MinitronError(f"data.{name}={value} must be at least 1")
+
+
+def _split_weight(entry: str) -> tuple[Fraction | None, str]:
+    """Take WEIGHT:PATH apart."""
+    match = _WEIGHTED.fullmatch(entry)
+    return (Fraction(match[1]), match[2]) if match else (None, entry)
+
+
+def _refuse_weights(name: str, paths: Sequence[str]) -> None:
+    for entry in paths:
+        if _split_weight(entry)[0] is not None:
+            raise MinitronError(
+                f"{name}={entry} has a weight, but this data is read in order, once; "
+                "give the path alone"
+            )
+
+
+def prepare_data(config: DataConfig, tokenizer: Tokenizer | None, *, vocab_size: int) -> DataConfig:
+    """Tokenise what is text, and refuse what the model cannot read.
+
+    One process calls this, before any other opens the data.
+
+    Args:
+        config: the data section of the recipe.
+        tokenizer: the model's; None is enough where all data is tokenised.
+        vocab_size: rows of the model's embedding table.
+
+    Returns:
+        The config with every path replaced by its token files' prefix.
+
+    Raises:
+        MinitronError: data is missing or damaged, of another tokenizer, or has an id that is not
+            in the vocabulary.
+    """
+
+    def prepare(entry: str) -> str:
+        _, path = _split_weight(entry)
+        prefix = tokenised_prefix(path, tokenizer, workers=config.workers)
+        if tokenizer is not None:
+            check_tokenizer(prefix, tokenizer)
+        TokenStream(prefix).check_ids(vocab_size)
+        return f"{entry.removesuffix(path)}{prefix}"
+
+    return dataclasses.replace(
+        config,
+        path=[prepare(entry) for entry in config.path],
+        valid_path=[prepare(entry) for entry in config.valid_path],
+    )
+
+
+def open_train(config: DataConfig) -> Blend:
+    """Open prepared training data.
+
+    Raises:
+        MinitronError: a path has less than one sample.
+    """
+    weights, paths = zip(*map(_split_weight, config.path), strict=True)
+    windows = [TokenWindows(TokenStream(path), config.seq_length) for path in paths]
+    return Blend(windows, None if None in weights else weights)
+
+
+def open_windows(paths: Sequence[str], seq_length: int) -> list[TokenWindows]:
+    """Open prepared data that is read in order, once: to validate, evaluate or measure importance.
+
+    Raises:
+        MinitronError: a path has a weight.
+    """
+    _refuse_weights("data.path", paths)
+    return [TokenWindows(TokenStream(path), seq_length) for path in paths]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of b samples."""
+
+    tokens: Tensor
+    """[b, s] int64 inputs."""
+    labels: Tensor
+    """[b, s] int64, the token that follows each input."""
+    loss_mask: Tensor
+    """[b, s] float32, 1 where the label counts and 0 on padding."""
+    position_ids: Tensor
+    """[b, s] int64, 0 to s - 1."""
+    valid: Tensor
+    """[b] bool, False for a row that only fills up the batch."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return Batch(
+            *(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self))
+        )
+
+
+def collate(samples: Sequence[NDArray[np.int64]], *, size: int, seq_length: int) -> Batch:
+    """Stack samples of up to S + 1 tokens into a batch, filling rows and batch with padding."""
+    tokens, labels = np.zeros((2, size, seq_length), np.int64)
+    loss_mask = np.zeros((size, seq_length), np.float32)
+    for row, sample in enumerate(samples):
+        length = len(sample) - 1
+        tokens[row, :length] = sample[:-1]
+        labels[row, :length] = sample[1:]
+        loss_mask[row, :length] = 1
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(loss_mask),
+        position_ids=torch.arange(seq_length).repeat(size, 1),
+        valid=torch.arange(size) < len(samples),
+    )
+
+
+class TrainBatches:
+    """The training samples of one data-parallel rank, step by step.
+
+    The global batch of step k is samples [k G, k G + G) of the source. Its micro-batch m takes
+    b samples for each rank in turn, so that together the ranks read it from left to right.
+
+    Args:
+        source: the sequence of samples.
+        global_batch_size: samples of a step, over all ranks.
+        micro_batch_size: samples of one rank's micro-batch.
+        data_parallel_rank: this rank.
+        data_parallel_size: ranks that share a step's samples.
+        seed: of the shuffling.
+
+    Raises:
+        MinitronError: the global batch does not divide into micro-batches.
+    """
+
+    def __init__(
+        self,
+        source: Blend,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        seed: int,
+    ) -> None:
+        share = micro_batch_size * data_parallel_size
+        if global_batch_size % share:
+            below = global_batch_size // share * share
+            choices = f"{below} or {below + share}" if below else f"{share}"
+            raise MinitronError(
+                f"train.global_batch_size={global_batch_size} is not a multiple of "
+                f"train.micro_batch_size x data-parallel ranks = {micro_batch_size} x "
+                f"{data_parallel_size} = {share}; use {choices}"
+            )
+        self.num_microbatches = global_batch_size // share
+        self.seq_length = source.seq_length
+        self._source = source
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._stride = share
+        self._offset = data_parallel_rank * micro_batch_size
+        self._seed = seed
+
+    def microbatches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of a step, counted from 0."""
+        for number in range(self.num_microbatches):
+            first = step * self._global_batch_size + number * self._stride + self._offset
+            indices = range(first, first + self._micro_batch_size)
+            yield collate(
+                [self._source.read(index, seed=self._seed) for index in indices],
+                size=self._micro_batch_size,
+                seq_length=self.seq_length,
+            )
+
+
+class EvalBatches:
+    """Every sample once, in order, shared out among the data-parallel ranks.
+
+    Samples are dealt to ranks as in training. Every rank gets the same number of micro-batches;
+    those past the end are padding.
+
+    Args:
+        windows: the data; its samples follow each other.
+        micro_batch_size: samples of one rank's micro-batch.
+        data_parallel_rank: this rank.
+        data_parallel_size: ranks that share the samples.
+        include_remainder: add the shorter last sample of each path.
+        max_samples: stop after so many samples, over all ranks.
+
+    Raises:
+        MinitronError: a path has no sample.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[TokenWindows],
+        *,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        include_remainder: bool,
+        max_samples: int | None = None,
+    ) -> None:
+        counts = []
+        for window in windows:
+            with_remainder = include_remainder and window.has_remainder
+            if not with_remainder:
+                window.check_not_empty()
+            counts.append(len(window) + with_remainder)
+        self._windows = windows
+        self._ends = np.cumsum(counts)
+        self._counts = counts
+        self._micro_batch_size = micro_batch_size
+        self._stride = micro_batch_size * data_parallel_size
+        self._offset = data_parallel_rank * micro_batch_size
+        self.num_samples = sum(counts) if max_samples is None else min(sum(counts), max_samples)
+        """Samples of all ranks together."""
+
+    def __len__(self) -> int:
+        """Micro-batches of each rank."""
+        return -(-self.num_samples // self._stride)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            first = number * self._stride + self._offset
+            last = min(first + self._micro_batch_size, self.num_samples)
+            yield collate(
+                [self._read(index) for index in range(first, last)],
+                size=self._micro_batch_size,
+                seq_length=self._windows[0].seq_length,
+            )
+
+    def _read(self, index: int) -> NDArray[np.int64]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        window = self._windows[number]
+        position = index - int(self._ends[number]) + self._counts[number]
+        return window[position] if position < len(window) else window.remainder()

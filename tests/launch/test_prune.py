@@ -1,0 +1,192 @@
+"""launch/prune.py as a user calls it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from minitron import artifact, config
+from minitron.errors import MinitronError
+from minitron.model import hf
+from minitron.prune.scores import save_scores
+from tests.prune.scored import random_scores
+from tests.tiny import logits, save_llama
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "prune.py"
+
+
+def launch(*arguments, torchrun=0):
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, str(SCRIPT), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module, to save the seconds that a process takes to start."""
+    spec = importlib.util.spec_from_file_location("launch_prune", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["launch_prune"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def prune(script):
+    def run(*arguments):
+        script.main(config.parse(script.Recipe, list(map(str, arguments))))
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_llama(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def scores(tmp_path, model):
+    directory = tmp_path / "scores"
+    directory.mkdir()
+    save_scores(directory, random_scores(hf.read_architecture(model)))
+    artifact.write_manifest(directory, stage="importance", recipe={}, parents={"model": model})
+    return directory
+
+
+def test_width_from_a_score_directory(tmp_path, model, scores):
+    out = tmp_path / "out"
+    sizes = ("--prune.hidden_size", 16, "--prune.ffn_hidden_size", 24)
+    result = launch("--model", model, "--scores", scores, *sizes, "--out", out)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[3].split() == ["hidden", "size", "32", "16", "50.0%"]
+    assert lines[-1] == f"wrote {out}"
+    arch = hf.read_architecture(out)
+    assert (arch.hidden_size, arch.ffn_hidden_size, arch.kv_channels) == (16, 24, 4)
+    manifest = artifact.read_manifest(out)
+    assert manifest["stage"] == "prune"
+    assert manifest["parents"]["model"]["fingerprint"] == artifact.fingerprint(model)
+    assert manifest["parents"]["scores"]["fingerprint"] == artifact.fingerprint(scores)
+    assert manifest["metrics"]["num_parameters"] == arch.num_parameters
+    assert manifest["recipe"]["prune"]["hidden_size"] == 16
+    assert {"config.json", "model.safetensors", "pruning.json"} <= manifest["files"].keys()
+    artifact.verify(out)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_named_layers_under_torchrun_need_neither_scores_nor_data(tmp_path, model):
+    out = tmp_path / "out"
+    layers = ("--prune.drop_layers", 2, "--prune.drop_layers", 3)
+    result = launch("--model", model, *layers, "--out", out, torchrun=2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote") == 1
+    assert json.loads((out / "pruning.json").read_text())["layers"] == [0, 3]
+    assert hf.read_architecture(out).num_layers == 2
+
+
+def test_mistakes_are_one_line(model, tmp_path):
+    result = launch("--model", model, "--prune.hiden_size", 16, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert "did you mean prune.hidden_size?" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_explains_every_key(prune, capsys):
+    with pytest.raises(SystemExit) as caught:
+        prune("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key, words in {
+        "--model.path": "Its Hugging Face directory",
+        "--scores.path": "Directory that launch/importance.py wrote",
+        "--prune.hidden_size": "Embedding channels to keep",
+        "--prune.ffn_hidden_size": "Neurons to keep",
+        "--prune.num_attention_heads": "Query heads to keep",
+        "--prune.num_layers": "Layers to keep",
+        "--prune.drop_layers": "counted from 1",
+        "--out": "Directory of the pruned model",
+    }.items():
+        assert key in text
+        assert words in text
+
+
+def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
+    """Without scores.path the launcher measures, with the recipe's sections."""
+    measured = random_scores(hf.read_architecture(model), seed=5)
+    calls = []
+
+    def measure_importance(model_path, *, data, importance, parallel, precision):
+        calls.append((model_path, data.path, importance.samples, precision))
+        return measured
+
+    monkeypatch.setattr(script, "measure_importance", measure_importance)
+    (tmp_path / "text.txt").write_text("some text")
+    sizes = ("--model", model, "--prune.ffn_hidden_size", 8)
+    data = ("--data.path", tmp_path / "text.txt", "--importance.samples", 3, "--precision", "bf16")
+    prune(*sizes, *data, "--out", tmp_path / "measured")
+    assert calls == [(model, [str(tmp_path / "text.txt")], 3, "bf16")]
+    assert artifact.read_manifest(tmp_path / "measured")["parents"].keys() == {"model"}
+
+    (tmp_path / "scores").mkdir()
+    save_scores(tmp_path / "scores", measured)
+    prune(*sizes, "--scores", tmp_path / "scores", *data, "--out", tmp_path / "stored")
+    assert len(calls) == 1
+    models = [LlamaForCausalLM.from_pretrained(tmp_path / d) for d in ("measured", "stored")]
+    assert torch.equal(logits(models[0]), logits(models[1]))
+
+
+def test_pruning_without_scores_or_data(tmp_path, model, prune):
+    with pytest.raises(MinitronError, match=r"give --scores.path .* or --data.path to measure"):
+        prune("--model", model, "--prune.num_layers", 2, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_another_model(tmp_path, scores, prune):
+    save_llama(tmp_path / "other", seed=1)
+    arguments = ("--model", tmp_path / "other", "--prune.num_layers", 2, "--out", tmp_path / "out")
+    with pytest.raises(MinitronError, match="scores belong to another model"):
+        prune(*arguments, "--scores", scores)
+
+
+def test_damaged_scores(tmp_path, model, scores, prune):
+    content = bytearray((scores / "scores.safetensors").read_bytes())
+    content[-2] ^= 1
+    (scores / "scores.safetensors").write_bytes(content)
+    arguments = ("--model", model, "--prune.num_layers", 2, "--out", tmp_path / "out")
+    with pytest.raises(MinitronError, match=r"scores.safetensors does not match its SHA-256"):
+        prune(*arguments, "--scores", scores)
+
+
+def test_an_existing_directory_is_kept_unless_overwrite_is_given(tmp_path, model, prune):
+    arguments = ("--model", model, "--out", tmp_path / "out", "--prune.drop_layers")
+    prune(*arguments, 1)
+    with pytest.raises(MinitronError, match=r"is not empty .*--overwrite"):
+        prune(*arguments, 2)
+    assert artifact.read_manifest(tmp_path / "out")["recipe"]["prune"]["drop_layers"] == [1]
+    prune(*arguments, 2, "--overwrite")
+    assert artifact.read_manifest(tmp_path / "out")["recipe"]["prune"]["drop_layers"] == [2]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, model, prune):
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-4:] = b"\xff\xff\xff\xff"  # NaN
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(MinitronError, match="NaN"):
+        prune("--model", model, "--prune.drop_layers", 1, "--out", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

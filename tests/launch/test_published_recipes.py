@@ -1,0 +1,94 @@
+"""The recipes of the published Llama-3.1 students say what the papers say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron import config
+from minitron.model.arch import Architecture
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    "llama3.1_8b_teacher_correction": "train",
+    "llama3.1_8b_importance": "importance",
+    "llama3.1_4b_width_prune": "prune",
+    "llama3.1_4b_depth_prune": "prune",
+    "llama3.1_4b_width_distill": "distill",
+    "llama3.1_4b_depth_distill": "distill",
+}
+LLAMA_8B = Architecture(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128256,
+)
+
+
+def parse(name):
+    script = ROOT / "launch" / f"{STAGES[name]}.py"
+    spec = importlib.util.spec_from_file_location(f"launch_{script.stem}", script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config.parse(module.Recipe, ["--config", str(ROOT / f"launch/recipes/{name}.yaml")])
+
+
+def test_every_published_recipe_is_listed_here():
+    files = (ROOT / "launch/recipes").glob("llama3.1_*.yaml")
+    assert {file.stem for file in files} == set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("llama3.1_4b_width_prune", 4_512_746_496), ("llama3.1_4b_depth_prune", 4_540_469_248)],
+)
+def test_pruned_shapes(name, num_parameters):
+    recipe = parse(name)
+    dropped = recipe.prune.drop_layers or []
+    assert recipe.prune.target(LLAMA_8B).num_parameters == num_parameters
+    assert set(range(1, 33)) - set(dropped) in ({*range(1, 33)}, {*range(1, 16), 32})
+
+
+def test_importance():
+    recipe = parse("llama3.1_8b_importance")
+    assert recipe.importance.samples == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "min_lr", "warmup_steps"),
+    [
+        ("llama3.1_4b_width_distill", 1e-4, 1e-5, 40),
+        ("llama3.1_4b_depth_distill", 1e-4, 1e-5, 40),
+        ("llama3.1_8b_teacher_correction", 3e-4 / 5, 3e-6, 120),
+    ],
+)
+def test_training(name, lr, min_lr, warmup_steps):
+    recipe = parse(name)
+    train = recipe.train
+    tokens = train.steps * train.global_batch_size * recipe.data.seq_length
+    assert tokens == pytest.approx(94e9, rel=1e-3)
+    assert (train.global_batch_size, recipe.data.seq_length) == (1152, 8192)
+    assert (train.lr, train.min_lr) == (pytest.approx(lr), pytest.approx(min_lr))
+    assert train.warmup_steps == warmup_steps
+    for nodes in (1, 4, 16, 32):  # the batch divides on what it is likely to run on
+        ranks = recipe.parallel.data_parallel_size(8 * nodes)
+        assert train.global_batch_size % (ranks * train.micro_batch_size) == 0
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "role"),
+    [
+        ("llama3.1_8b_teacher_correction", "llama3.1_8b_importance", "model"),
+        ("llama3.1_8b_importance", "llama3.1_4b_width_prune", "scores"),
+        ("llama3.1_8b_teacher_correction", "llama3.1_4b_depth_prune", "model"),
+        ("llama3.1_8b_teacher_correction", "llama3.1_4b_width_distill", "teacher"),
+        ("llama3.1_4b_width_prune", "llama3.1_4b_width_distill", "student"),
+        ("llama3.1_4b_depth_prune", "llama3.1_4b_depth_distill", "student"),
+    ],
+)
+def test_one_recipe_reads_what_another_writes(earlier, later, role):
+    assert getattr(parse(later), role).path == parse(earlier).out

@@ -1,0 +1,212 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = '''
+"""A launch script in small."""
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+from minitron.errors import MinitronError
+from minitron.metrics import log
+from minitron.stage import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Do one of several things."""
+
+    what: str = "nothing"
+    """What to do."""
+
+
+def join():
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    return dist
+
+
+def main(recipe):
+    rank = int(os.environ.get("RANK", "0"))
+    log("at work")
+    if recipe.what == "mistake":
+        raise MinitronError("a=1 is wrong; give 2")
+    if recipe.what == "bug":
+        raise ZeroDivisionError("a bug")
+    if recipe.what == "sleep":
+        print("asleep", flush=True)
+        time.sleep(60)
+    if recipe.what == "flood":
+        while True:
+            print("line")
+    if recipe.what == "pipe":
+        raise BrokenPipeError("another pipe")
+    if recipe.what == "joined mistake":
+        join()
+        raise MinitronError("a=1 is wrong; give 2")
+    if recipe.what == "mistake on one":
+        dist = join()
+        if rank == 1:
+            raise MinitronError("a=1 is wrong; give 2")
+        dist.barrier()
+    if recipe.what == "bug on one":
+        dist = join()
+        if rank == 1:
+            raise ZeroDivisionError("a bug")
+        dist.barrier()
+    if recipe.what == "success":
+        join().barrier()
+    sys.stdout.write(f"done {rank}\\n")  # in one piece
+
+
+if __name__ == "__main__":
+    run(Recipe, main)
+    dist = sys.modules.get("torch.distributed")
+    assert dist is None or not dist.is_initialized()
+'''
+
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("launch") / "tiny.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    process = start(*arguments)
+    try:
+        out, err = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its ranks
+        raise
+    return process.returncode, out, err
+
+
+def logged(line: str) -> str:
+    """A log line without its time of day."""
+    return re.sub(r"^\d\d:\d\d:\d\d ", "", line)
+
+
+# One process
+
+
+def test_success(script):
+    status, out, err = call(script)
+    assert (status, out, logged(err)) == (0, "done 0\n", "at work\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--what", "mistake"], "error: a=1 is wrong; give 2"),
+        (["--waht", "mistake"], "error: unknown key waht; did you mean what?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(script, arguments, expected):
+    status, out, err = call(script, *arguments)
+    assert (status, out) == (2, "")
+    assert [line for line in err.splitlines() if logged(line) != "at work"] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("what", "last"),
+    [("bug", "ZeroDivisionError: a bug"), ("pipe", "BrokenPipeError: another pipe")],
+)
+def test_a_bug_is_a_traceback_and_status_1(script, what, last):
+    status, _, err = call(script, "--what", what)
+    assert status == 1
+    assert err.splitlines()[1] == "Traceback (most recent call last):"
+    assert err.splitlines()[-1] == last
+
+
+def test_an_interrupt_is_quiet(script):
+    process = start(script, "--what", "sleep")
+    assert process.stdout.readline() == "asleep\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, logged(err)) == (130, "at work\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_stdout_is_quiet(script, monkeypatch, unbuffered):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONUNBUFFERED", unbuffered)
+    process = start(script, "--what", "flood")
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.wait(timeout=10) == 141
+    assert logged(process.stderr.read()) == "at work\n"
+
+
+def test_help_and_print_config(script):
+    status, out, err = call(script, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: tiny.py [--config RECIPE.yaml] [--key value ...]\n")
+    assert "Do one of several things." in out
+    assert "--what TEXT" in out
+    status, out, err = call(script, "--print_config", "--what", "bug")
+    assert (status, out, err) == (0, "what: bug\n", "")
+
+
+# Two ranks under torchrun, whose own report follows ours on stderr
+
+
+@pytest.mark.parametrize("what", ["mistake", "joined mistake", "mistake on one"])
+def test_a_mistake_is_printed_once_and_ends_all_ranks(script, what):
+    status, out, err = call(*TORCHRUN, script, "--what", what)
+    assert status != 0
+    assert "done" not in out
+    assert err.count("error: a=1 is wrong; give 2\n") == 1
+    assert "Traceback" not in err.partition("torch/distributed/elastic")[0]
+    assert "exitcode  : 2" in err.partition("Root Cause")[2]  # not the rank that lost its peer
+
+
+def test_an_unknown_key_is_printed_once(script):
+    status, _, err = call(*TORCHRUN, script, "--waht", "x")
+    assert status != 0
+    assert err.count("error: ") == err.count("error: unknown key waht; did you mean what?\n") == 1
+
+
+def test_a_bug_on_one_rank_names_the_rank(script):
+    status, _, err = call(*TORCHRUN, script, "--what", "bug on one")
+    ours = err.partition("torch/distributed/elastic")[0]
+    assert status != 0
+    assert ours.count("Traceback") == ours.count("[rank 1] Traceback (most recent call last):") == 1
+    assert "ZeroDivisionError: a bug\n" in ours
+
+
+def test_success_leaves_the_process_group(script):
+    status, out, err = call(*TORCHRUN, script, "--what", "success")
+    assert status == 0, err
+    assert sorted(out.splitlines()) == ["done 0", "done 1"]
+    assert err.count("at work") == 1  # rank 0 alone logs
+
+
+def test_help_is_printed_once(script):
+    status, out, _ = call(*TORCHRUN, script, "--help")
+    assert status == 0
+    assert out.count("usage: ") == 1
