@@ -142,8 +142,7 @@ def initialize(config: ParallelConfig, *, seed: int = 1234) -> Topology:
             dist.init_process_group(
                 platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
-    if platform.has_cuda():
-        torch.cuda.set_device(platform.device())
+    platform.select_device()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -47,6 +47,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def select_device() -> None:
+    """Make this rank's GPU the current one."""
+    if has_cuda():
+        torch.cuda.set_device(device())
+
+
 def backend() -> str:
     """The communication backend that fits `device`."""
     return "nccl" if has_cuda() else "gloo"

@@ -269,18 +269,19 @@ class EvalBatches:
         self._ends = np.cumsum(counts)
         self._counts = counts
         self._micro_batch_size = micro_batch_size
-        self._stride = micro_batch_size * data_parallel_size
+        self.samples_per_microbatch = micro_batch_size * data_parallel_size
+        """Samples that all ranks' micro-batches of one number hold together."""
         self._offset = data_parallel_rank * micro_batch_size
         self.num_samples = sum(counts) if max_samples is None else min(sum(counts), max_samples)
         """Samples of all ranks together."""
 
     def __len__(self) -> int:
         """Micro-batches of each rank."""
-        return -(-self.num_samples // self._stride)
+        return -(-self.num_samples // self.samples_per_microbatch)
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self)):
-            first = number * self._stride + self._offset
+            first = number * self.samples_per_microbatch + self._offset
             last = min(first + self._micro_batch_size, self.num_samples)
             yield collate(
                 [self._read(index) for index in range(first, last)],

@@ -210,6 +210,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     )
 
 
+def find_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer in a model directory, or None where it has none."""
+    names = (HUGGING_FACE_FILE, SENTENCEPIECE_FILE)
+    return load_tokenizer(directory) if any((directory / n).exists() for n in names) else None
+
+
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: Path) -> None:
     """Train a byte-fallback BPE, like Llama 2's, and write it as `tokenizer.model`.
 

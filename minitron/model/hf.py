@@ -322,9 +322,8 @@ def write_config(
     *,
     dtype: torch.dtype,
     base_dir: Path | None = None,
-    tokenizer_dir: Path | None = None,
 ) -> None:
-    """Write `config.json` and copy the tokenizer's files byte for byte.
+    """Write `config.json`; what else the model this one comes from has is copied byte for byte.
 
     Re-saving a tokenizer through transformers 5 makes it unreadable for transformers 4; copies
     stay what they were.
@@ -333,14 +332,13 @@ def write_config(
         directory: the model directory.
         arch: its shape.
         dtype: dtype of its tensors.
-        base_dir: the model this one comes from, for the rest of its config.
-        tokenizer_dir: where the tokenizer lies; `base_dir` if None.
+        base_dir: the model this one comes from, for the rest of its config, its tokenizer and its
+            generation config.
     """
     base = artifact.read_json(base_dir / CONFIG_FILE) if base_dir else None
     config = config_from_architecture(arch, dtype=dtype, base=base)
     artifact.write_json(directory / CONFIG_FILE, config)
-    source = tokenizer_dir or base_dir
-    if source is not None:
+    if base_dir is not None:
         for name in COPIED_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, directory / name)
+            if (base_dir / name).exists():
+                shutil.copyfile(base_dir / name, directory / name)

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron import parallel
+from minitron import artifact, parallel
 from minitron.model import hf
 from minitron.model.arch import Architecture
-from minitron.model.weights import WeightSource, WeightWriter
+from minitron.model.weights import WeightReader, WeightSource, WeightWriter
 from minitron.parallel import Topology
 
 if TYPE_CHECKING:
@@ -134,6 +134,17 @@ def row_segments(
     return segments
 
 
+def open_model(directory: Path) -> tuple[Architecture, WeightReader]:
+    """A model directory's shape and weights, checked against its manifest; call on all ranks.
+
+    Raises:
+        MinitronError: the directory is no Llama, or a file is missing or damaged.
+    """
+    arch = hf.read_architecture(directory)
+    parallel.on_rank_zero(lambda: artifact.verify(directory))
+    return arch, hf.open_weights(directory, arch)
+
+
 def load_weights(
     model: LlamaModel, arch: Architecture, topology: Topology, source: WeightSource
 ) -> None:
@@ -176,7 +187,6 @@ def save_model(
     *,
     dtype: torch.dtype,
     base_dir: Path | None = None,
-    tokenizer_dir: Path | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory, from all ranks, one tensor at a time.
 
@@ -188,16 +198,13 @@ def save_model(
         directory: exists; the files in it are complete when all ranks return.
         dtype: of the tensors on disk.
         base_dir: model directory whose other config keys and tokenizer are kept.
-        tokenizer_dir: where the tokenizer lies, if not in `base_dir`.
     """
     arch, topology = model.arch, model.topology
     writer = WeightWriter(directory, hf.tensor_infos(arch, dtype))
 
     def create() -> None:
         writer.create()
-        hf.write_config(
-            directory, arch, dtype=dtype, base_dir=base_dir, tokenizer_dir=tokenizer_dir
-        )
+        hf.write_config(directory, arch, dtype=dtype, base_dir=base_dir)
 
     parallel.on_rank_zero(create)
     if topology.dp_rank == 0:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from minitron import artifact, parallel
 from minitron.errors import MinitronError
@@ -123,6 +124,8 @@ def _create_state(optimizer: MegatronOptimizer) -> None:
     """Let Adam allocate its moments, which it otherwise does at its first step."""
     for single in optimizer.chained_optimizers:
         inner = single.optimizer
+        if isinstance(single, DistributedOptimizer):
+            _keep_step(single)
         rates = [group["lr"] for group in inner.param_groups]
         for group in inner.param_groups:
             group["lr"] = 0.0
@@ -132,3 +135,20 @@ def _create_state(optimizer: MegatronOptimizer) -> None:
         for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
         inner.zero_grad()
+
+
+def _keep_step(optimizer: DistributedOptimizer) -> None:
+    """Make an optimizer's loading pass over torch Adam's `step`, which is a tensor of its state.
+
+    megatron-core 0.16 leaves it out of what it loads for a parameter and then looks for it there;
+    it has set it from the parameter groups by then.
+    """
+    load = optimizer._set_main_param_and_optimizer_states
+
+    def load_keeping_step(parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, position = optimizer.model_param_group_index_map[parameter]
+        main = optimizer.optimizer.param_groups[group]["params"][position]
+        state = optimizer.optimizer.state[main]
+        load(parameter, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    optimizer._set_main_param_and_optimizer_states = load_keeping_step

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from minitron import artifact, config, parallel
+from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
 from minitron.model.sharding import save_model
@@ -71,7 +72,7 @@ def finish_run(
     metrics: Mapping[str, Any],
     dtype: torch.dtype,
     base_dir: Path | None = None,
-    tokenizer_dir: Path | None = None,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """Write the trained model into the run's directory, then its manifest; call on all ranks."""
     out: Path = recipe.out
@@ -82,6 +83,8 @@ def finish_run(
         aside.mkdir()
 
     def publish() -> None:
+        if tokenizer is not None:
+            tokenizer.copy_to(aside)
         for file in sorted(aside.iterdir()):
             file.replace(out / file.name)
         aside.rmdir()
@@ -94,7 +97,7 @@ def finish_run(
         )
 
     parallel.on_rank_zero(create)
-    save_model(model, aside, dtype=dtype, base_dir=base_dir, tokenizer_dir=tokenizer_dir)
+    save_model(model, aside, dtype=dtype, base_dir=base_dir)
     parallel.on_rank_zero(publish)
 
 
