@@ -53,18 +53,23 @@ def check_out(out: Path, *, overwrite: bool = False, resume: bool = False) -> No
         )
 
 
-@contextlib.contextmanager
-def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `out` that takes its name when the block ends without an error.
-
-    One process calls this; where several ranks write into the directory, rank 0 does and the
-    others are held by barriers (see `minitron.parallel.on_rank_zero`).
-    """
+def prepare(out: Path, *, overwrite: bool = False) -> Path:
+    """Create an empty temporary sibling of `out`, to take its name when it is complete."""
     check_out(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    return temporary
+
+
+@contextlib.contextmanager
+def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `out` that takes its name when the block ends without an error.
+
+    One process calls this; `minitron.parallel.publish` is for all ranks together.
+    """
+    temporary = prepare(out, overwrite=overwrite)
     try:
         yield temporary
     except BaseException:

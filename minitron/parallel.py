@@ -6,16 +6,19 @@ for groups, ranks and sizes, and works the same for one process without torchrun
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from minitron import platform  # before megatron.core
+from minitron import artifact, platform  # before megatron.core
 
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
@@ -195,3 +198,16 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if isinstance(outcome[1], Exception):
         raise outcome[1]
     return outcome[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """`artifact.publish` for a directory that all ranks write into."""
+    directory = on_rank_zero(lambda: artifact.prepare(out, overwrite=overwrite))
+    try:
+        yield directory
+    except BaseException:
+        if is_rank_zero():
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    on_rank_zero(lambda: artifact.replace_directory(directory, out))

@@ -160,6 +160,16 @@ def read_architecture(directory: Path) -> Architecture:
         raise MinitronError(f"{directory / CONFIG_FILE}: {error}") from None
 
 
+def read_dtype(directory: Path) -> torch.dtype:
+    """The dtype that a model directory's `config.json` names; fp32 if it names none."""
+    config = artifact.read_json(directory / CONFIG_FILE)
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise MinitronError(f"{directory / CONFIG_FILE}: dtype={name!r} is no floating-point type")
+    return dtype
+
+
 def architecture_from_config(config: Mapping[str, Any]) -> Architecture:
     """Translate a Llama `config.json`, in the spelling of transformers 4 or 5."""
     for key, supported in (("model_type", "llama"), ("hidden_act", "silu")):

@@ -118,7 +118,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def build_llama(
     arch: Architecture,
     topology: Topology,
-    source: WeightSource,
+    source: WeightSource | None,
     *,
     dtype: torch.dtype,
     transformer_impl: Literal["auto", "local"] = "auto",
@@ -129,7 +129,8 @@ def build_llama(
     Args:
         arch: the model's shape.
         topology: this rank's place.
-        source: where the weights come from; only this rank's slices are read.
+        source: where the weights come from, of which only this rank's slices are read; None leaves
+            the parameters to the caller.
         dtype: of the parameters and activations.
         transformer_impl: `auto` takes Transformer Engine's layers where they work, `local` always
             takes the plain ones, whose norms can be hooked.
@@ -162,7 +163,9 @@ def build_llama(
         # The constructor takes the factor alone; the other three are the model's too.
         rope.inv_freq = rope._apply_scaling(rope.inv_freq, **dataclasses.asdict(arch.rope_scaling))
     model.to(platform.device())
-    sharding.load_weights(model, arch, topology, source)
+    sharding.mark_partitions(model, arch)
+    if source is not None:
+        sharding.load_weights(model, arch, topology, source)
     return model
 
 
@@ -252,6 +255,11 @@ def _local_layer_spec(arch: Architecture) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
+            # Checkpoints name the norms as Transformer Engine's fused layers do.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
         ),
     )
 

@@ -145,15 +145,22 @@ def open_model(directory: Path) -> tuple[Architecture, WeightReader]:
     return arch, hf.open_weights(directory, arch)
 
 
+def mark_partitions(model: LlamaModel, arch: Architecture) -> None:
+    """Let every parameter say whether tensor parallelism cuts it.
+
+    Gradient norms count one that does not say so only on the first rank of its group.
+    """
+    for parameter, packing in packed_parameters(model, arch):
+        parameter.tensor_model_parallel = packing.partition_dim is not None  # type: ignore[attr-defined]
+        parameter.partition_dim = packing.partition_dim  # type: ignore[attr-defined]
+
+
 def load_weights(
     model: LlamaModel, arch: Architecture, topology: Topology, source: WeightSource
 ) -> None:
-    """Fill this rank's parameters, reading only its slices, and mark how each is partitioned."""
-    for parameter, packing in packed_parameters(model, arch):
-        # Gradient norms count a parameter once per tensor-parallel group unless it says it is cut.
-        parameter.tensor_model_parallel = packing.partition_dim is not None  # type: ignore[attr-defined]
-        parameter.partition_dim = packing.partition_dim  # type: ignore[attr-defined]
-        with torch.no_grad():
+    """Fill this rank's parameters, reading only its slices."""
+    with torch.no_grad():
+        for parameter, packing in packed_parameters(model, arch):
             _read_shard(parameter, arch, packing, topology, source)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from minitron import artifact, parallel
+from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
+from minitron.model import hf
+from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -28,6 +32,24 @@ _NAME = re.compile(r"iter_(\d{7,})")
 
 # The sharding whose optimizer state can be read under another topology.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a directory with a trained model holds beside its weights."""
+
+    dtype: torch.dtype
+    """Of the weights, as the config says."""
+    base_dir: Path | None
+    """The model that it was trained from, whose other config keys and files are kept."""
+    tokenizer: Tokenizer | None
+    """The tokenizer of its data; None where only token files were given."""
+
+    def write(self, directory: Path, arch: Architecture) -> None:
+        """Write the config and copy the tokenizer into a directory."""
+        hf.write_config(directory, arch, dtype=self.dtype, base_dir=self.base_dir)
+        if self.tokenizer is not None:
+            self.tokenizer.copy_to(directory)
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -49,6 +71,7 @@ def save_checkpoint(
     model: LlamaModel,
     optimizer: MegatronOptimizer | None = None,
     *,
+    files: ModelFiles | None = None,
     keep: int = 0,
 ) -> None:
     """Write the checkpoint of a step from all ranks, then delete all but the `keep` newest.
@@ -58,6 +81,7 @@ def save_checkpoint(
         step: optimizer steps done.
         model: this rank's part, not its data-parallel wrapper.
         optimizer: its optimizer; None saves the weights alone.
+        files: the model's config and tokenizer, to lie beside the shards.
         keep: checkpoints to keep; 0 keeps all.
     """
     path = checkpoint_path(directory, step)
@@ -73,6 +97,8 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(partial))
 
     def publish() -> None:
+        if files is not None:
+            files.write(partial, model.arch)
         artifact.replace_directory(partial, path)
         tracker = directory / f".{TRACKER_FILE}.partial"
         tracker.write_text(f"{step}\n")
@@ -104,6 +130,7 @@ def load_checkpoint(
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+        _separate_steps(optimizer)
     return int(loaded["iteration"])
 
 
@@ -135,6 +162,18 @@ def _create_state(optimizer: MegatronOptimizer) -> None:
         for group, rate in zip(inner.param_groups, rates, strict=True):
             group["lr"] = rate
         inner.zero_grad()
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own `step` again.
+
+    megatron-core 0.16 loads one tensor into all of them, which torch's Adam then counts up once for
+    every parameter.
+    """
+    for single in optimizer.chained_optimizers:
+        for state in single.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
 
 
 def _keep_step(optimizer: DistributedOptimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from minitron import parallel, platform
 from minitron.data.batches import Batch, EvalBatches, TrainBatches
+from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
 from minitron.metrics import MetricsWriter, log, progress
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import TokenMeans, run_schedule
 from minitron.train.checkpoint import (
+    ModelFiles,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -43,6 +46,7 @@ class Trainer:
         validation: held-out data; None measures nothing.
         config: steps, learning rate, intervals.
         out: the run's directory; it exists.
+        files: config and tokenizer, for checkpoints that can be exported by themselves.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Trainer:
         validation: EvalBatches | None,
         config: TrainConfig,
         out: Path,
+        files: ModelFiles | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -61,6 +66,7 @@ class Trainer:
         self.config = config
         self.checkpoints = out / CHECKPOINTS
         self.out = out
+        self.files = files
         self.step = 0
         self.wrapped = wrap_model(model)
         self.optimizer = build_optimizer(self.wrapped, config)
@@ -89,7 +95,6 @@ class Trainer:
         writer = MetricsWriter(self.out, enabled=enabled, append=self.step > 0)
         if self.step > 0:
             writer.truncate_after(self.step)
-        saved = self.step
         validated: dict[str, float] = {}
         if self.step == 0 or self.step == config.steps:
             validated = self._validate(writer)
@@ -116,9 +121,7 @@ class Trainer:
                     last or self.step % config.checkpoint_interval == 0
                 ):
                     self._save_checkpoint()
-                    saved = self.step
         writer.close()
-        assert not config.checkpoint_interval or saved == self.step
         return {**validated, "tokens": self.step * self.tokens_per_step}
 
     def _train_step(self) -> dict[str, Any]:
@@ -145,6 +148,11 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         losses = means.reduce()
         losses.pop("tokens")
+        if not math.isfinite(losses[minimised]):
+            raise MinitronError(
+                f"the loss is {losses[minimised]} at step {self.step}; lower train.lr={lr:g} or "
+                "look at the data, then continue from the last checkpoint with --resume"
+            )
         return {
             "step": self.step,
             **losses,
@@ -175,5 +183,6 @@ class Trainer:
             self.step,
             self.model,
             self.optimizer,
+            files=self.files,
             keep=self.config.keep_checkpoints,
         )

@@ -14,14 +14,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from minitron import artifact, config, parallel
+from minitron.data.batches import (
+    DataConfig,
+    EvalBatches,
+    TrainBatches,
+    open_train,
+    open_windows,
+    prepare_data,
+)
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
 from minitron.model.sharding import save_model
+from minitron.parallel import Topology
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.config import TrainConfig
 
 # What may differ between the attempts of one run: where it runs and what it writes.
 _FREE_KEYS = (
@@ -70,9 +80,7 @@ def finish_run(
     stage: str,
     parents: Mapping[str, Path],
     metrics: Mapping[str, Any],
-    dtype: torch.dtype,
-    base_dir: Path | None = None,
-    tokenizer: Tokenizer | None,
+    files: ModelFiles,
 ) -> None:
     """Write the trained model into the run's directory, then its manifest; call on all ranks."""
     out: Path = recipe.out
@@ -83,8 +91,7 @@ def finish_run(
         aside.mkdir()
 
     def publish() -> None:
-        if tokenizer is not None:
-            tokenizer.copy_to(aside)
+        files.write(aside, model.arch)
         for file in sorted(aside.iterdir()):
             file.replace(out / file.name)
         aside.rmdir()
@@ -97,8 +104,50 @@ def finish_run(
         )
 
     parallel.on_rank_zero(create)
-    save_model(model, aside, dtype=dtype, base_dir=base_dir)
+    save_model(model, aside, dtype=files.dtype)
     parallel.on_rank_zero(publish)
+
+
+def open_batches(
+    data: DataConfig,
+    train: TrainConfig,
+    topology: Topology,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    seed: int,
+) -> tuple[TrainBatches, EvalBatches | None]:
+    """This rank's training batches, and validation batches if there is data; call on all ranks.
+
+    Raises:
+        MinitronError: the data is missing, damaged, or of another tokenizer, or a size does not
+            divide.
+    """
+    if topology.config.sequence_parallel and data.seq_length % topology.tp_size:
+        raise MinitronError(
+            f"data.seq_length={data.seq_length} is not divisible by "
+            f"parallel.tensor_model_parallel_size={topology.tp_size}, which "
+            "parallel.sequence_parallel splits it by; use a multiple"
+        )
+    data = parallel.on_rank_zero(lambda: prepare_data(data, tokenizer, vocab_size=vocab_size))
+    ranks = {"data_parallel_rank": topology.dp_rank, "data_parallel_size": topology.dp_size}
+    batches = TrainBatches(
+        open_train(data),
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=seed,
+        **ranks,
+    )
+    if not data.valid_path:
+        return batches, None
+    validation = EvalBatches(
+        open_windows(data.valid_path, data.seq_length),
+        micro_batch_size=train.micro_batch_size,
+        include_remainder=False,
+        max_samples=data.valid_samples,
+        **ranks,
+    )
+    return batches, validation
 
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,131 @@
+"""Distill a teacher into a student: the student learns the teacher's logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minitron import artifact, platform
+from minitron.data.batches import DataConfig
+from minitron.data.tokenizer import Tokenizer, find_tokenizer
+from minitron.distill.losses import DistillConfig, LogitDistillation
+from minitron.distill.teacher import Teacher
+from minitron.errors import MinitronError
+from minitron.model.arch import Architecture
+from minitron.model.llama import build_llama, check_parallel
+from minitron.model.sharding import open_model
+from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from minitron.platform import Precision
+from minitron.stage import run
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.config import TrainConfig
+from minitron.train.loop import Trainer
+from minitron.train.run import finish_run, open_batches, open_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model on disk."""
+
+    path: Path
+    """Its Hugging Face directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Distill a teacher into a student: minimise the forward KL divergence between their logits,
+    with the teacher frozen. Both must have the same tokenizer; depth and width may differ.
+    """
+
+    teacher: ModelSource
+    """The model to learn from."""
+    student: ModelSource
+    """The model to train, usually pruned from the teacher."""
+    data: DataConfig
+    """Training and validation data."""
+    out: Path
+    """Directory of the run: metrics, checkpoints, and in the end the student."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The loss."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batches, optimizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share the work; `layers_per_stage` is the student's. The result is the same."""
+    precision: Precision = "fp32"
+    """Of weights and activations; the optimizer keeps fp32 main weights."""
+    seed: int = 1234
+    """Of the order of the samples."""
+    overwrite: bool = False
+    """Replace `out` if minitron wrote it."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint; starts anew if there is none."""
+
+
+def main(recipe: Recipe) -> None:
+    """Build both models, train the student, write it."""
+    topology = initialize(recipe.parallel, seed=recipe.seed)
+    on_rank_zero(
+        lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, resume=recipe.resume)
+    )
+    teacher_path, student_path = recipe.teacher.path, recipe.student.path
+    teacher_arch, teacher_weights = open_model(teacher_path)
+    student_arch, student_weights = open_model(student_path)
+    tokenizer = _shared_tokenizer(recipe, teacher_arch, student_arch)
+    # Stages are named for the student; the teacher has other layers, spread evenly.
+    teacher_topology = dataclasses.replace(
+        topology, config=dataclasses.replace(recipe.parallel, layers_per_stage=None)
+    )
+    check_parallel(teacher_arch, teacher_topology.config)
+    check_parallel(student_arch, recipe.parallel)
+    batches, validation = open_batches(
+        recipe.data,
+        recipe.train,
+        topology,
+        tokenizer=tokenizer,
+        vocab_size=student_arch.vocab_size,
+        seed=recipe.seed,
+    )
+    dtype = platform.DTYPES[recipe.precision]
+    teacher = Teacher(build_llama(teacher_arch, teacher_topology, teacher_weights, dtype=dtype))
+    student = build_llama(
+        student_arch, topology, student_weights, dtype=dtype, recompute=recipe.train.recompute
+    )
+    files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=tokenizer)
+    open_run(recipe)
+    objective = LogitDistillation(teacher, recipe.distill)
+    trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
+    if recipe.resume:
+        trainer.resume()
+    metrics = trainer.run()
+    parents = {"teacher": teacher_path, "student": student_path}
+    finish_run(recipe, student, stage="distill", parents=parents, metrics=metrics, files=files)
+
+
+def _shared_tokenizer(
+    recipe: Recipe, teacher: Architecture, student: Architecture
+) -> Tokenizer | None:
+    """The tokenizer of both models; None where only one of them or neither has one.
+
+    Raises:
+        MinitronError: the models do not speak of the same tokens.
+    """
+    if teacher.vocab_size != student.vocab_size:
+        raise MinitronError(
+            f"the teacher's vocabulary has {teacher.vocab_size} tokens, the student's "
+            f"{student.vocab_size}; distillation compares token by token: give a student pruned "
+            "from this teacher"
+        )
+    of_teacher = find_tokenizer(recipe.teacher.path)
+    of_student = find_tokenizer(recipe.student.path)
+    if of_teacher and of_student and of_teacher.fingerprint != of_student.fingerprint:
+        raise MinitronError(
+            f"the tokenizers differ: {of_teacher.path} ({of_teacher.fingerprint}) and "
+            f"{of_student.path} ({of_student.fingerprint}); give a student with the teacher's "
+            "tokenizer"
+        )
+    return of_student or of_teacher
+
+
+if __name__ == "__main__":
+    run(Recipe, main)

@@ -1,0 +1,88 @@
+"""Write a training checkpoint as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minitron import artifact, config, platform
+from minitron.errors import MinitronError
+from minitron.model import hf
+from minitron.model.llama import build_llama
+from minitron.model.sharding import save_model
+from minitron.parallel import ParallelConfig, initialize, on_rank_zero, publish
+from minitron.platform import Precision
+from minitron.stage import run
+from minitron.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from minitron.train.loop import CHECKPOINTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSource:
+    """A training run, finished or not."""
+
+    path: Path
+    """Its --out directory."""
+    step: int | None = None
+    """Step of the checkpoint; null takes the newest."""
+
+    def checkpoint(self) -> Path:
+        """The checkpoint's directory.
+
+        Raises:
+            MinitronError: the run has no such checkpoint.
+        """
+        directory = self.path / CHECKPOINTS
+        steps = list_checkpoints(directory)
+        if not steps or self.step not in (None, *steps):
+            held = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            wanted = "a checkpoint" if self.step is None else f"a checkpoint of step {self.step}"
+            raise MinitronError(f"{directory} does not hold {wanted}; {held}")
+        return checkpoint_path(directory, steps[-1] if self.step is None else self.step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Write the model of a training checkpoint as a Hugging Face directory, at any step that was
+    kept and under any parallelism.
+    """
+
+    run: RunSource
+    """The training run."""
+    out: Path
+    """Directory of the model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share the work; it need not be the run's."""
+    precision: Precision | None = None
+    """Of the weights on disk; null keeps the run's."""
+    seed: int = 1234
+    """Has no effect. Every stage accepts it."""
+    overwrite: bool = False
+    """Replace `out` if minitron wrote it."""
+
+
+def main(recipe: Recipe) -> None:
+    """Load on all ranks, write from all ranks."""
+    topology = initialize(recipe.parallel, seed=recipe.seed)
+    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite))
+    checkpoint = recipe.run.checkpoint()
+    arch = hf.read_architecture(checkpoint)
+    stored = hf.read_dtype(checkpoint)
+    dtype = stored if recipe.precision is None else platform.DTYPES[recipe.precision]
+    model = build_llama(arch, topology, None, dtype=stored)
+    step = load_checkpoint(checkpoint, model)
+    with publish(recipe.out, overwrite=recipe.overwrite) as directory:
+        save_model(model, directory, dtype=dtype, base_dir=checkpoint)
+        on_rank_zero(
+            lambda: artifact.write_manifest(
+                directory,
+                stage="export",
+                recipe=config.to_dict(recipe),
+                parents={"run": recipe.run.path},
+                metrics={"num_parameters": arch.num_parameters, "step": step},
+            )
+        )
+
+
+if __name__ == "__main__":
+    run(Recipe, main)
