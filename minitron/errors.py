@@ -4,6 +4,6 @@
 class MinitronError(Exception):
     """A mistake that the user can mend.
 
-    Its message is one line: what is wrong, the values met, and what to change. A launcher
-    prints it without a traceback and exits with status 2; any other exception is a bug and keeps its own.
+    Its message is one line: what is wrong, the values met, and what to change. A launcher prints
+    it without a traceback and exits with status 2; any other exception is a bug and shows one.
     """

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TextIO, TypeVar
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -24,7 +24,6 @@ from minitron.errors import MinitronError
 METRICS = "metrics.jsonl"
 LOG_INTERVAL_S = 10.0
 
-Item = TypeVar("Item")
 
 _logger = logging.getLogger("minitron")
 
@@ -132,12 +131,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class Progress(Generic[Item]):
+class Progress:
     """How far a loop is, how fast, and how long it still takes: see `progress`."""
 
     def __init__(
         self,
-        iterable: Iterable[Item] | None,
+        iterable: Iterable[Any] | None,
         *,
         total: float | None,
         desc: str,
@@ -165,14 +164,14 @@ class Progress(Generic[Item]):
                 dynamic_ncols=True,
             )
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Any]:
         assert self._iterable is not None, "give progress() an iterable, or call update()"
         with self:
             for item in self._iterable:
                 yield item
                 self.update(1)
 
-    def __enter__(self) -> Progress[Item]:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -216,14 +215,14 @@ class Progress(Generic[Item]):
 
 
 def progress(
-    iterable: Iterable[Item] | None = None,
+    iterable: Iterable[Any] | None = None,
     *,
     total: float | None = None,
     desc: str,
     unit: str = "it",
     enabled: bool | None = None,
     initial: float = 0,
-) -> Progress[Item]:
+) -> Progress:
     """Show a tqdm bar on a terminal, else a log line every ten seconds and at the end.
 
     Iterate over it, or use it as a context manager and call `update`.

@@ -161,7 +161,7 @@ def _let_megatron_use_cpu() -> None:
         return self if _called_by_megatron() else tensor_cuda(self, *args, **kwargs)
 
     torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign,assignment]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TE and apex are absent is no news here

@@ -233,7 +233,7 @@ def _write(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     num_documents = num_tokens = 0
-    bar: Progress[None]
+    bar: Progress
     with (
         contextlib.closing(builder.data_file),
         progress(total=num_bytes, desc="tokenising", unit="B") as bar,

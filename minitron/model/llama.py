@@ -154,7 +154,7 @@ def build_llama(
         post_process=topology.is_last_stage,
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=arch.rotary_base,  # type: ignore[arg-type]  # any number will do
+        rotary_base=arch.rotary_base,
         pg_collection=topology.groups,
     )
     model.arch, model.topology = arch, topology
@@ -211,7 +211,7 @@ def _transformer_config(
         use_cpu_initialization=not cuda,
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
-        pipeline_model_parallel_layout=layout if topology.pp_size > 1 else None,  # type: ignore[arg-type]
+        pipeline_model_parallel_layout=layout if topology.pp_size > 1 else None,
         sequence_parallel=topology.config.sequence_parallel and topology.tp_size > 1,
         calculate_per_token_loss=True,
         recompute_granularity=None if recompute == "none" else recompute,
@@ -222,7 +222,7 @@ def _transformer_config(
 def _with_bias(linear: type, bias: bool) -> Callable[..., torch.nn.Module]:
     """`linear` with a bias or none: megatron-core's switches do not tell these matrices apart."""
 
-    class Linear(linear):  # type: ignore[misc]
+    class Linear(linear):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "bias": bias})
 
@@ -234,13 +234,13 @@ def _local_layer_spec(arch: Architecture) -> ModuleSpec:
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CausalAttention,
-        linear_proj=_with_bias(RowParallelLinear, arch.add_qkv_bias),  # type: ignore[arg-type]
+        linear_proj=_with_bias(RowParallelLinear, arch.add_qkv_bias),
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
     mlp = MLPSubmodules(
-        linear_fc1=_with_bias(ColumnParallelLinear, arch.add_mlp_bias),  # type: ignore[arg-type]
-        linear_fc2=_with_bias(RowParallelLinear, arch.add_mlp_bias),  # type: ignore[arg-type]
+        linear_fc1=_with_bias(ColumnParallelLinear, arch.add_mlp_bias),
+        linear_fc2=_with_bias(RowParallelLinear, arch.add_mlp_bias),
     )
     return ModuleSpec(
         module=TransformerLayer,

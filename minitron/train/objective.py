@@ -27,7 +27,7 @@ class Objective(Protocol):
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """Losses [s, b] of micro-batch `index` from the hidden states [s, b, h] (or [s/t, b, h])."""
+        """Losses [s, b] of micro-batch `index`, from its final hidden states."""
         ...
 
     def validation(
