@@ -72,7 +72,8 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Load on all ranks, write from all ranks."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite))
+    inputs = [recipe.model.path, recipe.checkpoint.path]
+    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     path = recipe.model.path
     checkpoint = recipe.checkpoint.directory()
     stored = hf.read_dtype(path)

@@ -65,10 +65,15 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Build both models, train the student, write it."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    on_rank_zero(
-        lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, resume=recipe.resume)
-    )
     teacher_path, student_path = recipe.teacher.path, recipe.student.path
+    on_rank_zero(
+        lambda: artifact.check_out(
+            recipe.out,
+            overwrite=recipe.overwrite,
+            resume=recipe.resume,
+            inputs=[teacher_path, student_path],
+        )
+    )
     teacher_arch, teacher_weights = open_model(teacher_path)
     student_arch, student_weights = open_model(student_path)
     tokenizer = _shared_tokenizer(recipe, teacher_arch, student_arch)

@@ -68,7 +68,8 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Evaluate on all ranks, write on one."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite))
+    inputs = [recipe.model.path]
+    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     arch, weights = open_model(recipe.model.path)
     tokenizer = find_tokenizer(recipe.model.path)
     data = on_rank_zero(lambda: prepare_data(recipe.data, tokenizer, vocab_size=arch.vocab_size))

@@ -64,7 +64,8 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Load on all ranks, write from all ranks."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite))
+    inputs = [recipe.run.path]
+    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     checkpoint = recipe.run.checkpoint()
     arch = hf.read_architecture(checkpoint)
     stored = hf.read_dtype(checkpoint)

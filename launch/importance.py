@@ -48,7 +48,7 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
-    artifact.check_out(recipe.out, overwrite=recipe.overwrite)
+    artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
     scores = measure_importance(
         recipe.model.path,
         data=recipe.data,

@@ -76,7 +76,8 @@ def main(recipe: Recipe) -> None:
     ranked = needs_scores(source, target, recipe.prune.drop_layers)
     if not is_rank_zero() and not (ranked and recipe.scores.path is None):
         return  # nothing to measure together
-    artifact.check_out(recipe.out, overwrite=recipe.overwrite)
+    inputs = [recipe.model.path, recipe.scores.path]
+    artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs)
     scores = _scores(recipe) if ranked else None
     if is_rank_zero():
         _write(recipe, source, target, scores)

@@ -126,7 +126,12 @@ def main(recipe: Recipe) -> None:
     """Build the model, train it, write it."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
     on_rank_zero(
-        lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, resume=recipe.resume)
+        lambda: artifact.check_out(
+            recipe.out,
+            overwrite=recipe.overwrite,
+            resume=recipe.resume,
+            inputs=[recipe.model.path, recipe.tokenizer.path],
+        )
     )
     tokenizer = _tokenizer(recipe)
     arch, weights = _model(recipe, tokenizer)

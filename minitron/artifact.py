@@ -1,8 +1,8 @@
 """Output directories: complete or absent, and able to say where they come from.
 
 A stage writes into a temporary sibling of its `--out` and renames it once everything, the manifest
-last, is on disk. `manifest.json` names the stage, the resolved recipe, the parents by fingerprint,
-the versions, the results, and the size and SHA-256 of every file.
+last, is on disk. `manifest.json` names the stage, its command and resolved recipe, the parents by
+fingerprint, the versions, the results, and the size and SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import os
 import platform as host
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -24,26 +25,45 @@ from minitron.errors import MinitronError
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
+_REMEDY = "delete it to use the directory unchecked, or create the directory again"
 _VERSIONED = ("minitron", "torch", "megatron-core", "safetensors", "tokenizers", "sentencepiece")
 
 
-def check_out(out: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Refuse an output path that would destroy or mix up what is already there.
+def check_out(
+    out: Path, *, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path | None] = ()
+) -> None:
+    """Refuse an output path that cannot be written, or that would destroy or mix up what is there.
+
+    Args:
+        out: the directory to write.
+        overwrite: replace what minitron wrote there.
+        resume: continue what is there.
+        inputs: paths that the stage reads and must not replace; None stands for none.
 
     Raises:
-        MinitronError: `out` is a file, or a non-empty directory without `overwrite` or `resume`,
-            or a directory that `overwrite` would delete although minitron did not write it.
+        MinitronError: `out` is a file, cannot be created, or holds the working directory; or it is
+            not empty, without `overwrite` or `resume`; or `overwrite` would delete an input, or
+            what minitron did not write.
     """
-    if not out.exists():
+    try:
+        _check_place(out)
+        entries = sorted(os.listdir(out)) if out.exists() else []
+    except OSError as error:
+        raise _unusable(out, error) from None
+    if resume:
         return
-    if not out.is_dir():
-        raise MinitronError(f"--out {out} is a file; give a directory that does not exist yet")
-    entries = sorted(p.name for p in out.iterdir())
-    if not entries or resume:
+    place = Path(os.path.realpath(out))
+    if Path.cwd().is_relative_to(place):
+        raise MinitronError(
+            f"--out {out} is the working directory or holds it, and would be replaced as a whole; "
+            "give a directory below it"
+        )
+    if not entries:
         return
     if not overwrite:
+        more = f" and {len(entries) - 1} more" if entries[1:] else ""
         raise MinitronError(
-            f"--out {out} is not empty (it holds {entries[0]} and {len(entries) - 1} more); "
+            f"--out {out} is not empty (it holds {entries[0]}{more}); "
             "choose another directory or add --overwrite"
         )
     if MANIFEST not in entries and RECIPE not in entries:
@@ -51,15 +71,58 @@ def check_out(out: Path, *, overwrite: bool = False, resume: bool = False) -> No
             f"--overwrite would delete {out}, which minitron did not write (it has neither "
             f"{MANIFEST} nor {RECIPE}); delete it yourself or choose another directory"
         )
+    for path in filter(None, inputs):
+        if Path(os.path.realpath(path)).is_relative_to(place):
+            raise MinitronError(
+                f"--overwrite would delete {out}, but this stage reads {path}; "
+                "choose another directory"
+            )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a path that is no directory and can become none."""
+    if out.is_dir():
+        return
+    if out.exists():
+        raise MinitronError(f"--out {out} is a file; give a directory that does not exist yet")
+    if out.is_symlink():
+        raise MinitronError(
+            f"--out {out} is a symbolic link to {os.readlink(out)}, which does not exist; "
+            "create that directory or choose another"
+        )
+    parent = next(p for p in Path(os.path.realpath(out)).parents if os.path.lexists(p))
+    if not parent.is_dir():
+        raise MinitronError(f"--out {out} cannot be created: {parent} is a file; choose another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MinitronError(
+            f"--out {out} cannot be created: {parent} is not writable; "
+            "choose another directory or change its permissions"
+        )
+
+
+def _unusable(out: Path, error: OSError) -> MinitronError:
+    return MinitronError(f"--out {out} cannot be used ({error.strerror}); choose another directory")
+
+
+def create_directory(out: Path) -> None:
+    """Create a directory and its parents; one that exists is fine.
+
+    Raises:
+        MinitronError: the system refuses.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(out, error) from None
 
 
 def prepare(out: Path, *, overwrite: bool = False) -> Path:
     """Create an empty temporary sibling of `out`, to take its name when it is complete."""
     check_out(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(os.path.realpath(out))  # beside what a symbolic link names, not beside the link
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    create_directory(temporary)
     return temporary
 
 
@@ -80,6 +143,7 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def replace_directory(new: Path, out: Path) -> None:
     """Give the directory `new` the name `out`; an older `out` is deleted once `new` is in place."""
+    out = Path(os.path.realpath(out))
     if not out.exists():
         new.rename(out)
         return
@@ -101,12 +165,14 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        MinitronError: the file is missing or not JSON.
+        MinitronError: the file is missing, unreadable or not JSON.
     """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise MinitronError(f"{path} does not exist") from None
+    except OSError as error:
+        raise MinitronError(f"{path} cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MinitronError(f"{path} is not valid JSON ({error})") from None
 
@@ -125,9 +191,14 @@ def fingerprint(path: Path) -> str:
 
     A directory that minitron wrote is identified by its manifest, which holds the hash of every
     file; any other by the names and sizes of its files and the content of the small ones (1 MiB).
+
+    Raises:
+        MinitronError: there is nothing at `path`.
     """
     if path.is_file():
         return sha256(path)[:16]
+    if not path.is_dir():
+        raise MinitronError(f"{path} does not exist")
     if (path / MANIFEST).exists():
         return sha256(path / MANIFEST)[:16]
     digest = hashlib.sha256()
@@ -147,7 +218,10 @@ def write_manifest(
     parents: Mapping[str, Path],
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Hash every file in `directory` (not its subdirectories) and write `manifest.json`."""
+    """Hash every file in `directory` (not its subdirectories) and write `manifest.json`.
+
+    The command and the number of ranks are those of this process.
+    """
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
     with ThreadPoolExecutor(max_workers=4) as pool:
         hashes = list(pool.map(sha256, files))
@@ -156,6 +230,8 @@ def write_manifest(
         {
             "stage": stage,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": sys.argv,
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
             "recipe": dict(recipe),
             "parents": {
                 role: {"path": str(path), "fingerprint": fingerprint(path)}
@@ -172,9 +248,20 @@ def write_manifest(
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a directory, or None where minitron did not write it."""
+    """The manifest of a directory, or None where minitron did not write it.
+
+    Raises:
+        MinitronError: the manifest is not a JSON object, or lists no files.
+    """
     path = directory / MANIFEST
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise MinitronError(f"{path} does not hold a JSON object; {_REMEDY}")
+    if not isinstance(manifest.get("files"), dict):
+        raise MinitronError(f"{path} does not list the directory's files; {_REMEDY}")
+    return manifest
 
 
 def verify(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,15 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from minitron import platform
-from minitron.data.batches import Batch, DataConfig, EvalBatches, TrainBatches
-from minitron.data.batches import open_train, open_windows
+from minitron.data.batches import (
+    Batch,
+    DataConfig,
+    EvalBatches,
+    TrainBatches,
+    open_train,
+    open_windows,
+)
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher
 from minitron.model.llama import LlamaModel, build_llama
-from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, Topology, initialize
+from minitron.model.sharding import open_model, save_model
+from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
 from minitron.platform import Precision
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
@@ -28,7 +37,8 @@ from tests.harness import run_distributed
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 SEQ_LENGTH = 16
-VOCAB = 301  # odd, and spread over more than one rank's padded share
+VOCAB = 301  # odd, and more than one rank's padded share
+SEED = 5
 
 
 def _ranks(tp: int = 1, pp: int = 1, dp: int = 1, **options: Any) -> tuple[int, ParallelConfig]:
@@ -44,6 +54,7 @@ TOPOLOGIES = {
     "tp4": _ranks(tp=4),
     "tp4+sp": _ranks(tp=4, sequence_parallel=True),
     "pp2": _ranks(pp=2),
+    "pp2 uneven": _ranks(pp=2, layers_per_stage=[1, 3]),
     "dp2": _ranks(dp=2),
     "tp2 pp2": _ranks(tp=2, pp=2),
     "tp2+sp pp2": _ranks(tp=2, pp=2, sequence_parallel=True),
@@ -67,21 +78,26 @@ def write_tokens(prefix: Path, count: int, *, seed: int = 0) -> Path:
     return prefix
 
 
+class Crash(Exception):
+    """Ends a run between two steps, as a killed process would."""
+
+
 class MaskedBatches(TrainBatches):
     """Training batches in which a quarter of the labels do not count."""
 
+    crash_at: int | None = None
+    """Step (from 0) that never begins."""
+
     def microbatches(self, step: int) -> Iterator[Batch]:
+        if step == self.crash_at:
+            raise Crash
         for batch in super().microbatches(step):
             yield dataclasses.replace(batch, loss_mask=(batch.labels % 4 != 0).float())
 
 
-class Crash(Exception):
-    """Ends a run at a step, as a killed process would."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run on disk; with a teacher it distills."""
+    """A training run; with a teacher it distills. `out` gets metrics, checkpoints and `model/`."""
 
     model: Path
     tokens: Path
@@ -91,49 +107,82 @@ class Run:
     valid: Path | None = None
     precision: Precision = "fp32"
     resume: bool = False
-    crash_after: int | None = None
-    """Steps after which the run dies."""
-
-    def batches(self, *, rank: int = 0, size: int = 1) -> MaskedBatches:
-        """Batches of a data-parallel rank."""
-        return MaskedBatches(
-            open_train(DataConfig(path=[str(self.tokens)], seq_length=SEQ_LENGTH)),
-            global_batch_size=self.train.global_batch_size,
-            micro_batch_size=self.train.micro_batch_size,
-            data_parallel_rank=rank,
-            data_parallel_size=size,
-            seed=5,
-        )
-
-    def build(self, path: Path, topology: Topology) -> LlamaModel:
-        """This rank's part of a model directory."""
-        arch, weights = open_model(path)
-        return build_llama(arch, topology, weights, dtype=platform.DTYPES[self.precision])
-
-    def objective(self, topology: Topology) -> Objective:
-        """The loss of the run."""
-        if self.teacher is None:
-            return LanguageModeling()
-        return LogitDistillation(Teacher(self.build(self.teacher, topology)), DistillConfig())
+    crash_at: int | None = None
 
 
-def build_trainer(parallel: ParallelConfig, run: Run) -> Trainer:
-    """A trainer on this rank."""
+def open_batches(run: Run, *, rank: int = 0, size: int = 1) -> MaskedBatches:
+    """Training batches of a data-parallel rank."""
+    batches = MaskedBatches(
+        open_train(DataConfig(path=[str(run.tokens)], seq_length=SEQ_LENGTH)),
+        global_batch_size=run.train.global_batch_size,
+        micro_batch_size=run.train.micro_batch_size,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        seed=SEED,
+    )
+    batches.crash_at = run.crash_at
+    return batches
+
+
+def build_model(path: Path, topology: Topology, precision: Precision = "fp32") -> LlamaModel:
+    """This rank's part of a model directory."""
+    arch, weights = open_model(path)
+    return build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
+
+
+def build_objective(run: Run, topology: Topology) -> Objective:
+    """The loss of a run; the teacher's layers are spread evenly."""
+    if run.teacher is None:
+        return LanguageModeling()
+    even = dataclasses.replace(topology.config, layers_per_stage=None)
+    topology = dataclasses.replace(topology, config=even)
+    teacher = Teacher(build_model(run.teacher, topology, run.precision))
+    return LogitDistillation(teacher, DistillConfig())
+
+
+def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
+    """Do a run on this rank; what `Trainer.run` returns."""
     topology = initialize(parallel)
-    validation = None
-    if run.valid is not None:
-        validation = EvalBatches(
-            open_windows([str(run.valid)], SEQ_LENGTH),
-            micro_batch_size=run.train.micro_batch_size,
-            data_parallel_rank=topology.dp_rank,
-            data_parallel_size=topology.dp_size,
-            include_remainder=False,
-        )
-    return Trainer(
-        run.build(run.model, topology),
-        run.objective(topology),
-        run.batches(rank=topology.dp_rank, size=topology.dp_size),
+    ranks = {"data_parallel_rank": topology.dp_rank, "data_parallel_size": topology.dp_size}
+    validation = run.valid and EvalBatches(
+        open_windows([str(run.valid)], SEQ_LENGTH),
+        micro_batch_size=run.train.micro_batch_size,
+        include_remainder=False,
+        **ranks,
+    )
+    on_rank_zero(lambda: (run.out / "model").mkdir(parents=True, exist_ok=True))
+    model = build_model(run.model, topology, run.precision)
+    trainer = Trainer(
+        model,
+        build_objective(run, topology),
+        open_batches(run, rank=topology.dp_rank, size=topology.dp_size),
         validation,
         run.train,
         run.out,
     )
+    if run.resume:
+        trainer.resume()
+    result = {}
+    with contextlib.suppress(Crash):
+        result = trainer.run()
+        dtype = platform.DTYPES[run.precision]
+        save_model(model, run.out / "model", dtype=dtype, base_dir=run.model)
+    return result
+
+
+def save_gradients(model: LlamaModel, directory: Path) -> None:
+    """Write the gradients in place of the weights, under Hugging Face's names; spoils the model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for parameter in model.parameters():
+        gradient = getattr(parameter, "main_grad", parameter.grad)
+        parameter.data.copy_(gradient)
+    save_model(model, directory, dtype=torch.float32)
+
+
+def load_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors directory, with safetensors' own reader."""
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }

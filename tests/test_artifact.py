@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,63 @@ def test_overwrite_spares_what_minitron_did_not_write(tmp_path):
     check_out(tmp_path, overwrite=True)
 
 
+def test_one_entry_is_not_followed_by_no_more(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(MinitronError, match=r"not empty \(it holds a\);"):
+        check_out(tmp_path)
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file / "sub", file / "sub" / "deeper"):
+        with pytest.raises(MinitronError, match=f"--out {out} cannot be created: {file} is a file"):
+            check_out(out)
+        with pytest.raises(MinitronError, match="is a file"), publish(out):
+            pass
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", [".", "..", "../run", "/", "../run/sub/.."])
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, out):
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(MinitronError, match="the working directory or holds it"):
+        check_out(Path(out))
+    check_out(Path("sub"))
+    check_out(Path("."), resume=True)  # nothing is replaced
+
+
+def test_a_dangling_link_is_refused(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(MinitronError, match=r"out is a symbolic link to nowhere, which does not"):
+        check_out(tmp_path / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(MinitronError, match="loop is a symbolic link to loop"):
+        check_out(tmp_path / "loop")
+
+
+def test_a_parent_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root
+    with pytest.raises(MinitronError, match=f"a/b cannot be created: {tmp_path} is not writable"):
+        check_out(tmp_path / "a" / "b")
+
+
+def test_a_refusal_of_the_system_is_one_line(tmp_path):
+    out = tmp_path / ("x" * 300)
+    with pytest.raises(MinitronError, match=r"cannot be used \(File name too long\); choose"):
+        artifact.prepare(out)
+
+
+@pytest.mark.parametrize("name", [".", "sub", "sub/weights.bin"])
+def test_overwrite_spares_what_the_stage_reads(model, name):
+    (model / "sub").mkdir()
+    with pytest.raises(MinitronError, match=f"would delete {model}, but this stage reads"):
+        check_out(model, overwrite=True, inputs=[None, model.parent, model / name])
+    check_out(model, overwrite=True, inputs=[None, model.parent, model.with_name("model2")])
+    check_out(model, resume=True, inputs=[model])
+
+
 # Complete or absent
 
 
@@ -109,6 +167,19 @@ def test_a_failed_overwrite_keeps_the_old_directory(tmp_path, model):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_symbolic_link_stays_one(tmp_path, model):
+    """A link to another disk keeps its meaning: what is written goes there."""
+    link = tmp_path / "here" / "out"
+    link.parent.mkdir()
+    link.symlink_to(model)
+    with publish(link, overwrite=True) as directory:
+        assert directory.parent == model.parent
+        (directory / "x").write_text("1")
+    assert link.is_symlink()
+    assert tree(tmp_path) == {"model/x": "1"}
+    assert tree(link) == {"x": "1"}
+
+
 def test_write_json_replaces_in_one_step(tmp_path, monkeypatch):
     file = tmp_path / "x.json"
     artifact.write_json(file, {"path": Path("a"), "n": 1})
@@ -131,12 +202,16 @@ def test_read_json_says_what_is_wrong(tmp_path):
         file.write_bytes(content)
         with pytest.raises(MinitronError, match=f"^{file} is not valid JSON"):
             artifact.read_json(file)
+    with pytest.raises(MinitronError, match=f"^{tmp_path} cannot be read .Is a directory.$"):
+        artifact.read_json(tmp_path)
 
 
 # Where it comes from
 
 
-def test_manifest_names_everything(tmp_path, model):
+def test_manifest_names_everything(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch/distill.py", "--seed", "1"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
     (model / "checkpoints").mkdir()
     (model / "checkpoints" / "big").write_text("not hashed")
     data = tmp_path / "data.bin"
@@ -151,6 +226,7 @@ def test_manifest_names_everything(tmp_path, model):
     assert manifest["stage"] == "distill"
     assert manifest["recipe"] == {"seed": 1, "train": {"lr": 1e-4}}
     assert manifest["metrics"] == {}
+    assert (manifest["command"], manifest["ranks"]) == (["launch/distill.py", "--seed", "1"], 8)
     assert manifest["parents"]["data"] == {
         "path": str(data),
         "fingerprint": hashlib.sha256(b"tokens").hexdigest()[:16],
@@ -167,6 +243,16 @@ def test_read_manifest_of_a_foreign_directory(tmp_path):
     assert artifact.read_manifest(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"), [("[1]", "does not hold a JSON object"), ("{}", "does not list")]
+)
+def test_a_manifest_of_another_form_is_refused(tmp_path, content, problem):
+    (tmp_path / "manifest.json").write_text(content)
+    for read in (artifact.read_manifest, verify):
+        with pytest.raises(MinitronError, match=rf"manifest.json {problem}.*delete it to use"):
+            read(tmp_path)
+
+
 def test_sha256_reads_files_longer_than_its_buffer(tmp_path):
     content = os.urandom((1 << 24) + 3)
     (tmp_path / "x").write_bytes(content)
@@ -181,6 +267,11 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert a == b != c
     (tmp_path / "b" / "more").write_text("")
     assert artifact.fingerprint(tmp_path / "b") != a
+
+
+def test_fingerprint_of_nothing(tmp_path):
+    with pytest.raises(MinitronError, match=f"^{tmp_path / 'a'} does not exist$"):
+        artifact.fingerprint(tmp_path / "a")
 
 
 def test_fingerprint_of_an_artifact_is_that_of_its_manifest(model):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-import math
 import os
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> Table:
     plots.require_matplotlib()
     runs = read_runs(run_dirs)
     table = Table(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    artifact.create_directory(out.parent)
     for path, text in ((out.with_suffix(".md"), table.markdown()), (out, render(runs, table))):
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(text, encoding="utf-8")
@@ -125,21 +125,20 @@ def _grid(items: Iterable[str]) -> str:
 
 
 def _article(run: Run) -> str:
-    """Where one run comes from and how to repeat it."""
+    """Where one run comes from, and the command that ran it."""
     rows = "\n".join(
         f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in _facts(run)
     )
-    recipe = ""
+    command = recipe = ""
+    if run.command:
+        command = f"<pre>{html.escape(shlex.join(run.command))}</pre>\n"
     if run.recipe:
         text = html.escape(yaml.safe_dump(dict(run.recipe), sort_keys=False))
-        recipe = (
-            f"<pre>{html.escape(_command(run))}</pre>\n"
-            f"<details><summary>Recipe</summary><pre>{text}</pre></details>\n"
-        )
+        recipe = f"<details><summary>Recipe</summary><pre>{text}</pre></details>\n"
     status = f'<span class="muted">{html.escape(run.status)}</span>'
     return (
         f"<article>\n<h3>{html.escape(run.name)} {status}</h3>\n"
-        f"<dl>\n{rows}\n</dl>\n{recipe}</article>"
+        f"<dl>\n{rows}\n</dl>\n{command}{recipe}</article>"
     )
 
 
@@ -147,6 +146,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     facts = [("directory", str(run.path))]
     if run.created:
         facts.append(("finished", run.created))
+    if run.ranks > 1:
+        facts.append(("ranks", f"{run.ranks:,}"))
     if run.num_parameters is not None:
         facts.append(("parameters", f"{run.num_parameters:,}"))
     if run.training is not None:
@@ -165,14 +166,3 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.versions:
         facts.append(("versions", ", ".join(f"{k} {v}" for k, v in run.versions.items())))
     return facts
-
-
-def _command(run: Run) -> str:
-    """The command that runs the stage again, on the fewest ranks that its recipe allows."""
-    parallel = run.recipe.get("parallel") or {}
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    ranks = math.prod(parallel.get(size, 1) for size in sizes)
-    recipe = run.path / artifact.RECIPE
-    launcher = f"torchrun --nproc-per-node {ranks}" if ranks > 1 else "python"
-    name = recipe if recipe.exists() else artifact.RECIPE
-    return f"{launcher} launch/{run.stage}.py --config {name} --out NEW_DIRECTORY"

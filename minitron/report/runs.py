@@ -41,6 +41,10 @@ class Run:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     parents: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Role -> path and fingerprint."""
+    command: Sequence[str] = ()
+    """The launch script and its arguments; empty while the run is not finished."""
+    ranks: int = 1
+    """Ranks that ran it."""
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str | None = None
     """When the run was complete, UTC."""
@@ -101,8 +105,6 @@ def read_run(path: Path, name: str) -> Run:
     finished = manifest is not None
     if manifest is None:
         manifest = {"recipe": _read_recipe(path / artifact.RECIPE)}
-    if not isinstance(manifest, dict):
-        raise MinitronError(f"{path / artifact.MANIFEST} does not hold a JSON object")
     recipe = manifest.get("recipe", {})
     records = read_metrics(path / METRICS) if has_metrics else []
     return Run(
@@ -113,6 +115,8 @@ def read_run(path: Path, name: str) -> Run:
         finished=finished,
         recipe=recipe,
         parents=manifest.get("parents", {}),
+        command=manifest.get("command", ()),
+        ranks=manifest.get("ranks", 1),
         versions=manifest.get("versions", {}),
         created=manifest.get("created"),
         num_parameters=manifest.get("metrics", {}).get("num_parameters"),

@@ -61,6 +61,8 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
         use_gloo_process_groups=False,
         pg_collection=model.module.topology.groups,
     )
+    for group in optimizer.param_groups:  # megatron-core leaves this to its own scheduler
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     model.config.grad_scale_func = optimizer.scale_loss
     model.config.no_sync_func = model.no_sync
     model.config.finalize_model_grads_func = finalize_model_grads

@@ -62,8 +62,8 @@ def open_run(recipe: Any) -> None:
     def prepare() -> None:
         artifact.check_out(out, overwrite=recipe.overwrite, resume=recipe.resume)
         if out.exists() and recipe.overwrite and not recipe.resume:
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(out.resolve())
+        artifact.create_directory(out.resolve())
         saved = out / artifact.RECIPE
         if recipe.resume and saved.exists():
             _check_same_recipe(yaml.safe_load(saved.read_text()), config.to_dict(recipe), saved)

@@ -16,6 +16,8 @@ def write_manifest(directory, stage, *, recipe=None, parents=None, **metrics):
         "created": "2026-01-02T03:04:05Z",
         "recipe": recipe or {},
         "parents": parents or {},
+        "command": ["launch/script.py", "--out", str(directory)],
+        "ranks": 2,
         "versions": {"torch": "2.13.0"},
         "metrics": metrics,
         "files": {},
