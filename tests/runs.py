@@ -28,6 +28,7 @@ from minitron.model.llama import LlamaModel, build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
 from minitron.platform import Precision
+from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
 from minitron.train.objective import LanguageModeling, Objective
@@ -159,6 +160,7 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         validation,
         run.train,
         run.out,
+        ModelFiles(dtype=platform.DTYPES[run.precision], base_dir=run.model, tokenizer=None),
     )
     if run.resume:
         trainer.resume()

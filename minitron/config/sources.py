@@ -16,7 +16,9 @@ _WITHOUT_VALUE = ("help", "print_config")
 
 
 def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[str]]:
-    """The texts given for each flag, flags in order of first appearance.
+    """The texts given for each key, keys in order of first appearance.
+
+    Plain text for a section counts as given for its `path` key, so that both forms add up.
 
     Raises:
         MinitronError: a flag is unknown or lacks its value, or something is no flag.
@@ -29,20 +31,22 @@ def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[
             raise MinitronError(
                 f"unexpected argument {flag}; give keys as --key value (--help lists them)"
             )
-        name, has_value, value = flag[2:].partition("=")
-        texts = flags.setdefault(name, [])
+        name, has_value, text = flag[2:].partition("=")
         if name in _WITHOUT_VALUE:
+            flags[name] = []
             continue
         if name != "config" and name not in keys:
             raise unknown(name, keys)
-        if has_value:
-            texts.append(value)
-        elif rest and not rest[0].startswith("--"):
-            texts.append(rest.pop(0))
-        elif name in keys and keys[name].type is bool:
-            texts.append("true")
-        else:
-            raise MinitronError(f"--{name} has no value; give --{name} VALUE")
+        if not has_value:
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif name in keys and keys[name].type is bool:
+                text = "true"
+            else:
+                raise MinitronError(f"--{name} has no value; give --{name} VALUE")
+        if f"{name}.path" in keys and isinstance(_flow_value(keys[name], text), str):
+            name = f"{name}.path"
+        flags.setdefault(name, []).append(text)
     return flags
 
 

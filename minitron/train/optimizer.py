@@ -20,14 +20,15 @@ from minitron.train.config import TrainConfig
 def wrap_model(model: LlamaModel) -> DistributedDataParallel:
     """Give a model gradient buffers that are summed over its data-parallel replicas.
 
-    The optimizer's state is sharded over the replicas where there are several.
+    The optimizer's state is sharded over the replicas, even over a single one: its checkpoints
+    then fit any number of them.
     """
     topology = model.topology
     return DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=topology.dp_size > 1,
+            use_distributed_optimizer=True,
             overlap_grad_reduce=platform.has_cuda() and topology.dp_size > 1,
             overlap_param_gather=False,
             check_for_nan_in_grad=False,  # the optimizer's norm tells, without a synchronisation
@@ -55,7 +56,7 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            use_distributed_optimizer=True,
         ),
         [model],
         use_gloo_process_groups=False,
