@@ -18,7 +18,8 @@ _WITHOUT_VALUE = ("help", "print_config")
 def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[str]]:
     """The texts given for each key, keys in order of first appearance.
 
-    Plain text for a section counts as given for its `path` key, so that both forms add up.
+    Plain text for a section counts as given for its `path` key, so that both forms add up. A key
+    of a list type takes all texts up to the next flag.
 
     Raises:
         MinitronError: a flag is unknown or lacks its value, or something is no flag.
@@ -46,7 +47,11 @@ def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[
                 raise MinitronError(f"--{name} has no value; give --{name} VALUE")
         if f"{name}.path" in keys and isinstance(_flow_value(keys[name], text), str):
             name = f"{name}.path"
-        flags.setdefault(name, []).append(text)
+        texts = [text]
+        if name in keys and keys[name].is_list and not has_value:
+            while rest and not rest[0].startswith("-"):
+                texts.append(rest.pop(0))
+        flags.setdefault(name, []).extend(texts)
     return flags
 
 
@@ -125,7 +130,8 @@ def _flow_value(key: Key, text: str) -> Any:
     if key.nullable and text == "null":
         return None
     if key.opening is None or not text.startswith(key.opening):
-        return text
+        # No number holds a comma; a path may.
+        return text.split(",") if key.is_list_of_numbers and "," in text else text
     try:
         return yaml.load(text, _TextLoader)
     except yaml.YAMLError:

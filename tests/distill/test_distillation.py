@@ -77,8 +77,7 @@ def _distill(parallel, run, temperature):
     return {
         "trainable": any(p.requires_grad for p in teacher.parameters()),
         "gradients": any(p.grad is not None for p in teacher.parameters()),
-        "training": teacher.training,
-        "student training": student.training,
+        "training": [teacher.training, student.training],
     }
 
 
@@ -104,10 +103,8 @@ def test_loss_and_gradients(models, run, topology, temperature):
         error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
 
-    assert all(
-        rank == dict.fromkeys(("trainable", "gradients", "training"), False) | {"student training": True}
-        for rank in facts
-    )
+    for rank in facts:
+        assert rank == {"trainable": False, "gradients": False, "training": [False, True]}
 
 
 def test_the_teacher_stays_as_it_is(models, run):
@@ -117,8 +114,7 @@ def test_the_teacher_stays_as_it_is(models, run):
     before, after = load_tensors(root / "teacher"), load_tensors(run.out / "teacher")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    losses = [record["loss"] for record in read_metrics(run.out / "metrics.jsonl")]
-    assert losses[2] < losses[0]
+    assert all(record["grad_norm"] > 0.01 for record in read_metrics(run.out / "metrics.jsonl"))
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(models, run):

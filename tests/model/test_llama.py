@@ -41,9 +41,7 @@ SHAPES = {name: {"vocab_size": VOCAB, **variant} for name, variant in VARIANTS.i
 def models(tmp_path_factory):
     """Every shape: its directory and the model that transformers saved there."""
     root = tmp_path_factory.mktemp("models")
-    return {
-        name: (root / name, save_llama(root / name, **shape)) for name, shape in SHAPES.items()
-    }
+    return {name: (root / name, save_llama(root / name, **shape)) for name, shape in SHAPES.items()}
 
 
 def _batch(vocab_size):

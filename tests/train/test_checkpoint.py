@@ -205,5 +205,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
         ("other model", r"Global shape mismatch .*\[4, 32\].* and expected \(\(3, 32\)\)"),
     ):
         path = (checkpoints | of_other)[name]
-        pattern = rf"{path} cannot be loaded \(.*{reason}.*\); it is damaged or of another model: .*"
+        pattern = (
+            rf"{path} cannot be loaded \(.*{reason}.*\); it is damaged or of another model: .*"
+        )
         assert re.fullmatch(pattern, found[name]), found[name]  # one line, for a dot is no newline

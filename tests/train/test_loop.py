@@ -189,10 +189,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(models, tmp_path):
     broken.save_pretrained(tmp_path / "broken")
     run = _run(root, tmp_path / "out", model=tmp_path / "broken")
     messages = run_on("pp2", _failure, run)
-    assert messages == [
-        "the loss is nan at step 1; lower train.lr=0.0005 or look at the data, then continue from "
-        "the last checkpoint with --resume"
-    ] * 2
+    assert (
+        messages
+        == [
+            "the loss is nan at step 1; lower train.lr=0.0005 or look at the data, then continue from "
+            "the last checkpoint with --resume"
+        ]
+        * 2
+    )
 
 
 # Batches
