@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,9 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Score every embedding channel, MLP neuron, attention head and layer of a model, in one
-    forward-only pass. One score file serves any number of prunings.
+    """Score every embedding channel, MLP neuron, query head, key/value head and layer of a model,
+    in one forward-only pass. One score file holds all nine aggregations and serves any number of
+    prunings.
     """
 
     model: ModelSource
@@ -49,7 +51,7 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
-    scores = measure_importance(
+    measured, calibration = measure_importance(
         recipe.model.path,
         data=recipe.data,
         importance=recipe.importance,
@@ -59,13 +61,16 @@ def main(recipe: Recipe) -> None:
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
-            save_scores(directory, scores)
+            save_scores(directory, measured)
             artifact.write_manifest(
                 directory,
                 stage="importance",
                 recipe=config.to_dict(recipe),
                 parents={"model": recipe.model.path},
-                metrics={"block_influence": scores.block_influence.tolist()},
+                metrics={
+                    "calibration": dataclasses.asdict(calibration),
+                    "block_influence": measured.block_influence.tolist(),
+                },
             )
 
     on_rank_zero(write)

@@ -86,8 +86,9 @@ def main(recipe: Recipe) -> None:
 def _scores(recipe: Recipe) -> ImportanceScores:
     """The scores that the recipe names, or new ones, measured by all ranks."""
     path = recipe.scores.path
+    aggregation = recipe.prune.batch_aggregation, recipe.prune.sequence_aggregation
     if path is not None:
-        scores = load_scores(path)
+        scores = load_scores(path).scores(*aggregation)
         artifact.verify(path if path.is_dir() else path.parent)
         check_origin(path, recipe.model.path)
         return scores
@@ -96,13 +97,14 @@ def _scores(recipe: Recipe) -> ImportanceScores:
             "pruning to this shape needs importance scores; give --scores.path (a directory that "
             "launch/importance.py wrote) or --data.path to measure them now"
         )
-    return measure_importance(
+    measured, _ = measure_importance(
         recipe.model.path,
         data=recipe.data,
         importance=recipe.importance,
         parallel=recipe.parallel,
         precision=recipe.precision,
     )
+    return measured.scores(*aggregation)
 
 
 def _write(

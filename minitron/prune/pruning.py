@@ -22,10 +22,12 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.weights import TensorInfo, WeightWriter
 from minitron.prune.depth import kept_layers, layers_to_drop
-from minitron.prune.scores import ImportanceScores, check_scores
+from minitron.prune.scores import Aggregation, ImportanceScores, check_scores
 from minitron.prune.width import WidthPlan, plan_width, same_width, slice_tensor
 
 PRUNING_FILE = "pruning.json"
+
+_SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_layers", "drop_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,14 @@ class PruneConfig:
     """Layers to keep; the least influential ones go."""
     drop_layers: list[int] | None = None
     """Layers to drop whatever their influence, counted from 1; needs no scores and no data."""
+    batch_aggregation: Aggregation = "l2"
+    """How scores over calibration samples become one: mean, l2 or var."""
+    sequence_aggregation: Aggregation = "mean"
+    """How activations over a sample's sequence become one score: mean, l2 or var."""
 
     def __post_init__(self) -> None:
-        if all(value in (None, []) for value in dataclasses.asdict(self).values()):
-            keys = ", ".join(f"prune.{field.name}" for field in dataclasses.fields(self))
+        if all(getattr(self, name) in (None, []) for name in _SIZES):
+            keys = ", ".join(f"prune.{name}" for name in _SIZES)
             raise MinitronError(f"nothing to prune; give at least one of {keys}")
 
     def target(self, source: Architecture) -> Architecture:
@@ -54,9 +60,9 @@ class PruneConfig:
         Raises:
             MinitronError: it is larger than the source, or no valid Llama.
         """
-        sizes = dataclasses.asdict(self)
-        drop_layers = sizes.pop("drop_layers")
+        sizes = {name: getattr(self, name) for name in _SIZES if name != "drop_layers"}
         sizes = {name: size for name, size in sizes.items() if size is not None}
+        drop_layers = self.drop_layers
         for name, size in sizes.items():
             largest = getattr(source, name)
             if not 1 <= size <= largest:

@@ -15,7 +15,7 @@ from minitron import artifact, config
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.prune.scores import save_scores
-from tests.prune.scored import random_scores
+from tests.prune.scored import random_importance
 from tests.tiny import logits, save_llama
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def model(tmp_path):
 def scores(tmp_path, model):
     directory = tmp_path / "scores"
     directory.mkdir()
-    save_scores(directory, random_scores(hf.read_architecture(model)))
+    save_scores(directory, random_importance(hf.read_architecture(model)))
     artifact.write_manifest(directory, stage="importance", recipe={}, parents={"model": model})
     return directory
 
@@ -128,12 +128,12 @@ def test_help_explains_every_key(prune, capsys):
 
 def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     """Without scores.path the launcher measures, with the recipe's sections."""
-    measured = random_scores(hf.read_architecture(model), seed=5)
+    measured = random_importance(hf.read_architecture(model), seed=5)
     calls = []
 
     def measure_importance(model_path, *, data, importance, parallel, precision):
         calls.append((model_path, data.path, importance.samples, precision))
-        return measured
+        return measured, None
 
     monkeypatch.setattr(script, "measure_importance", measure_importance)
     (tmp_path / "text.txt").write_text("some text")
