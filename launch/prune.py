@@ -1,4 +1,4 @@
-"""Prune a Llama to a smaller shape: fewer layers, channels, neurons or heads."""
+"""Prune a Llama to a smaller shape: fewer layers, channels, neurons, query or key/value heads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.parallel import ParallelConfig, is_rank_zero
 from minitron.platform import Precision
+from minitron.prune.baselines import baseline_scores
 from minitron.prune.importance import ImportanceConfig, measure_importance
-from minitron.prune.pruning import (
-    PruneConfig,
-    comparison,
-    needs_scores,
-    plan_pruning,
-    prune_model,
-)
+from minitron.prune.pruning import comparison, needs_scores, plan_pruning, prune_model
 from minitron.prune.scores import ImportanceScores, check_origin, load_scores
+from minitron.prune.target import PruneConfig
 from minitron.stage import run
 
 
@@ -37,7 +33,8 @@ class ScoresSource:
     """Importance scores of that model."""
 
     path: Path | None = None
-    """Directory that launch/importance.py wrote; without it, scores are measured on `data`."""
+    """Directory that launch/importance.py wrote; without it, scores are measured on `data`. Read
+    only where prune.method is activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +63,7 @@ class Recipe:
     precision: Precision = "fp32"
     """Precision of the measurement; the weights keep the dtype they have."""
     seed: int = 1234
-    """Accepted as by every stage; nothing here is random."""
+    """Of prune.method=random; nothing else here is random."""
 
 
 def main(recipe: Recipe) -> None:
@@ -74,7 +71,8 @@ def main(recipe: Recipe) -> None:
     source = hf.read_architecture(recipe.model.path)
     target = recipe.prune.target(source)
     ranked = needs_scores(source, target, recipe.prune.drop_layers)
-    if not is_rank_zero() and not (ranked and recipe.scores.path is None):
+    measures = ranked and recipe.scores.path is None and recipe.prune.method == "activation"
+    if not is_rank_zero() and not measures:
         return  # nothing to measure together
     inputs = [recipe.model.path, recipe.scores.path]
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs)
@@ -85,6 +83,10 @@ def main(recipe: Recipe) -> None:
 
 def _scores(recipe: Recipe) -> ImportanceScores:
     """The scores that the recipe names, or new ones, measured by all ranks."""
+    if recipe.prune.method != "activation":
+        arch = hf.read_architecture(recipe.model.path)
+        weights = hf.open_weights(recipe.model.path, arch)
+        return baseline_scores(recipe.prune.method, arch, weights, seed=recipe.seed)
     path = recipe.scores.path
     aggregation = recipe.prune.batch_aggregation, recipe.prune.sequence_aggregation
     if path is not None:
@@ -110,10 +112,20 @@ def _scores(recipe: Recipe) -> ImportanceScores:
 def _write(
     recipe: Recipe, source: Architecture, target: Architecture, scores: ImportanceScores | None
 ) -> None:
-    plan = plan_pruning(source, target, scores, recipe.prune.drop_layers)
+    plan = plan_pruning(
+        source,
+        target,
+        scores,
+        recipe.prune.drop_layers,
+        head_ranking=recipe.prune.head_ranking,
+        group_reduction=recipe.prune.group_reduction,
+        merge_heads=recipe.prune.merge_heads,
+    )
+    for line in recipe.prune.arithmetic(source):
+        print(line)
     print(comparison(source, target), flush=True)
     parents = {"model": recipe.model.path}
-    if scores is not None and recipe.scores.path is not None:
+    if scores is not None and recipe.prune.method == "activation" and recipe.scores.path:
         parents["scores"] = recipe.scores.path
     with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
         prune_model(recipe.model.path, directory, plan)

@@ -151,6 +151,16 @@ def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     assert torch.equal(logits(models[0]), logits(models[1]))
 
 
+@pytest.mark.parametrize("method", ["magnitude", "random", "first"])
+def test_methods_without_activations_need_no_data(tmp_path, model, prune, method, capsys):
+    sizes = ("--prune.ffn_hidden_size", 20, "--prune.num_layers", 3, "--prune.multiple", 8)
+    prune("--model", model, "--prune.method", method, *sizes, "--out", tmp_path / "out")
+    assert "ffn_hidden_size: 20 -> 24, a multiple of 8 = 8 x 1 ranks" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (record["ffn"] == [list(range(24))] * 3) == (method == "first")
+    assert (record["layers"] == [0, 1, 2]) or method != "first"
+
+
 def test_pruning_without_scores_or_data(tmp_path, model, prune):
     with pytest.raises(MinitronError, match=r"give --scores.path .* or --data.path to measure"):
         prune("--model", model, "--prune.num_layers", 2, "--out", tmp_path / "out")
