@@ -8,10 +8,14 @@ from pathlib import Path
 
 from minitron import artifact, config
 from minitron.data.batches import DataConfig
+from minitron.model import hf
 from minitron.parallel import ParallelConfig, on_rank_zero
 from minitron.platform import Precision
-from minitron.prune.importance import ImportanceConfig, measure_importance
-from minitron.prune.scores import save_scores
+from minitron.prune.ablation import AblationConfig, measure_depth
+from minitron.prune.depth import depth_table, save_depth
+from minitron.prune.depth_plot import plot_depth
+from minitron.prune.importance import ImportanceConfig, collect_importance, open_calibration
+from minitron.prune.scores import check_scores, save_scores
 from minitron.stage import run
 
 
@@ -38,6 +42,8 @@ class Recipe:
     """Directory of the scores."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """Samples and their batches."""
+    depth: AblationConfig = field(default_factory=AblationConfig)
+    """Layers to leave out on trial; nothing unless asked for."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share the work; the scores are the same for all."""
     precision: Precision = "fp32"
@@ -51,17 +57,24 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
-    measured, calibration = measure_importance(
+    recipe.depth.check(hf.read_architecture(recipe.model.path).num_layers)
+    model, batches, calibration = open_calibration(
         recipe.model.path,
         data=recipe.data,
         importance=recipe.importance,
         parallel=recipe.parallel,
         precision=recipe.precision,
     )
+    measured = collect_importance(model, batches)
+    check_scores(measured.scores(), model.arch)
+    depth = None if recipe.depth.is_empty else measure_depth(model, batches, recipe.depth)
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
             save_scores(directory, measured)
+            if depth is not None:
+                save_depth(directory, depth)
+            plot_depth(directory, measured.block_influence, depth)
             artifact.write_manifest(
                 directory,
                 stage="importance",
@@ -72,6 +85,7 @@ def main(recipe: Recipe) -> None:
                     "block_influence": measured.block_influence.tolist(),
                 },
             )
+        print(depth_table(measured.block_influence, depth), flush=True)
 
     on_rank_zero(write)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from minitron.model.arch import Architecture
 from minitron.parallel import ParallelConfig, is_rank_zero
 from minitron.platform import Precision
 from minitron.prune.baselines import baseline_scores
+from minitron.prune.depth import load_depth, ranked_layers
 from minitron.prune.importance import ImportanceConfig, measure_importance
 from minitron.prune.pruning import comparison, needs_scores, plan_pruning, prune_model
 from minitron.prune.scores import ImportanceScores, check_origin, load_scores
@@ -70,7 +72,8 @@ def main(recipe: Recipe) -> None:
     """Rank, slice, and write the smaller model."""
     source = hf.read_architecture(recipe.model.path)
     target = recipe.prune.target(source)
-    ranked = needs_scores(source, target, recipe.prune.drop_layers)
+    drop_layers = _drop_layers(recipe, source, target)
+    ranked = needs_scores(source, target, drop_layers)
     measures = ranked and recipe.scores.path is None and recipe.prune.method == "activation"
     if not is_rank_zero() and not measures:
         return  # nothing to measure together
@@ -78,7 +81,26 @@ def main(recipe: Recipe) -> None:
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs)
     scores = _scores(recipe) if ranked else None
     if is_rank_zero():
-        _write(recipe, source, target, scores)
+        _write(recipe, source, target, scores, drop_layers)
+
+
+def _drop_layers(
+    recipe: Recipe, source: Architecture, target: Architecture
+) -> Sequence[int] | None:
+    """The layers that the recipe names or that trials beside its scores rank lowest, if either."""
+    prune = recipe.prune
+    count = source.num_layers - target.num_layers
+    if prune.drop_layers or prune.layer_ranking == "block_influence" or not count:
+        return prune.drop_layers
+    path = recipe.scores.path
+    if path is None:
+        raise MinitronError(
+            f"prune.layer_ranking={prune.layer_ranking} needs --scores.path, a directory that "
+            "launch/importance.py wrote with --depth.layers, --depth.windows or --depth.greedy"
+        )
+    depth = load_depth(path)
+    check_origin(path, recipe.model.path)
+    return ranked_layers(depth, prune.layer_ranking, count)
 
 
 def _scores(recipe: Recipe) -> ImportanceScores:
@@ -110,13 +132,17 @@ def _scores(recipe: Recipe) -> ImportanceScores:
 
 
 def _write(
-    recipe: Recipe, source: Architecture, target: Architecture, scores: ImportanceScores | None
+    recipe: Recipe,
+    source: Architecture,
+    target: Architecture,
+    scores: ImportanceScores | None,
+    drop_layers: Sequence[int] | None,
 ) -> None:
     plan = plan_pruning(
         source,
         target,
         scores,
-        recipe.prune.drop_layers,
+        drop_layers,
         head_ranking=recipe.prune.head_ranking,
         group_reduction=recipe.prune.group_reduction,
         merge_heads=recipe.prune.merge_heads,

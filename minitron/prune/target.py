@@ -10,7 +10,7 @@ from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.prune.baselines import Method
-from minitron.prune.depth import kept_layers
+from minitron.prune.depth import LayerRanking, kept_layers
 from minitron.prune.scores import Aggregation
 from minitron.prune.width import GroupReduction, HeadMerge, HeadRanking
 
@@ -32,9 +32,13 @@ class PruneConfig:
     """Key/value heads to keep in each layer. Unless num_attention_heads says otherwise, their query
     heads stay with them."""
     num_layers: int | None = None
-    """Layers to keep; the least influential ones go."""
+    """Layers to keep; the lowest in layer_ranking go."""
     drop_layers: list[int] | None = None
     """Layers to drop whatever their influence, counted from 1; needs no scores and no data."""
+    layer_ranking: LayerRanking = "block_influence"
+    """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss) or
+    the logits (logit_distance); the best run of neighbours (window); or a greedy search. All but
+    the first need trials beside the scores: the depth section of launch/importance.py."""
     method: Method = "activation"
     """What ranks: activations on calibration data, or for comparison the magnitude of weights,
     chance (random), or the position (first); these need no scores and no data."""
