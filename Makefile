@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench lint clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,9 @@ demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 8
 
 test: .venv/.dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: .venv/.dev ## Measure what importance and pruning cost; needs 9 GB of disk
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
 
 lint: .venv/.dev ## Check style and types
 	$(BIN)/ruff check .
