@@ -9,6 +9,8 @@ a busy machine slows both.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import multiprocessing
 import os
 import resource
@@ -26,12 +28,12 @@ from minitron import artifact, metrics
 from minitron.data.batches import EvalBatches, open_windows
 from minitron.model import hf
 from minitron.model.arch import Architecture
-from minitron.model.llama import build_llama, freeze
+from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.weights import WeightWriter
 from minitron.parallel import ParallelConfig, initialize
 from minitron.prune.baselines import baseline_scores
-from minitron.prune.importance import _Collector, collect_importance
+from minitron.prune.importance import collect_importance
 from minitron.prune.pruning import plan_pruning, prune_model
 from minitron.prune.target import PruneConfig
 from tests.runs import VOCAB, write_tokens
@@ -39,15 +41,20 @@ from tests.runs import VOCAB, write_tokens
 GB = 1e9
 
 
-def alternate(first: Callable[[], None], second: Callable[[], None], rounds: int) -> list[float]:
+def alternate(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Median seconds of both, and the median of the ratios second / first."""
     times = []
     for _ in range(rounds):
         pair = []
         for side in (first, second):
-            start = time.perf_counter()
+            start = clock()
             side()
-            pair.append(time.perf_counter() - start)
+            pair.append(clock() - start)
         times.append(pair)
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     return [*medians, statistics.median(b / a for a, b in times)]
@@ -77,23 +84,19 @@ def bench_importance(directory: Path, rounds: int) -> None:
             data_parallel_size=1,
             include_remainder=False,
         )
-        groups = list(batches)
+        bare = functools.partial(forward, model, batches)
+        scored = functools.partial(collect_importance, model, batches)
+        scored()  # the first call of everything is slower
+        measured = alternate(bare, scored, rounds, clock=time.process_time)
+        rows.append((f"h={hidden_size}, {arch.num_layers} layers", *measured))
+    print(metrics.format_table(("importance", "forward CPU s", "scored CPU s", "ratio"), rows))
 
-        def bare() -> None:
-            run_schedule(model, groups, lambda *_: None, forward_only=True)
 
-        def hooked() -> None:
-            collector = _Collector(model)
-            collector.expect(groups)
-            bare()
-            collector.remove()
-
-        bare()
-        rows.append(
-            (f"h={hidden_size}, {arch.num_layers} layers", *alternate(bare, hooked, rounds))
-        )
-        collect_importance(model, batches)  # the whole of it works
-    print(metrics.format_table(("importance", "forward s", "with hooks s", "ratio"), rows))
+def forward(model: LlamaModel, batches: EvalBatches) -> None:
+    """The passes of `collect_importance`, bare."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, 4)):
+        run_schedule(model, group, lambda *_: None, forward_only=True)
 
 
 def make_model(directory: Path, gigabytes: float) -> Architecture:
@@ -124,6 +127,7 @@ def prune(source: Path, out: Path, keys: dict[str, int]) -> None:
     torch.set_num_threads(1)
     arch = hf.read_architecture(source)
     scores = baseline_scores("random", arch, seed=0)
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     prune_model(source, out, plan_pruning(arch, PruneConfig(**keys).target(arch), scores))
 
@@ -168,12 +172,7 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
     }
     peak = 0.0
     for name, keys in cases.items():
-
-        def pruning() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            prune(source, out, keys)
-
-        rows.append((name, *alternate(cp, pruning, rounds)))
+        rows.append((name, *alternate(cp, functools.partial(prune, source, out, keys), rounds)))
         shutil.rmtree(out)
         peak = max(peak, in_process(prune, source, out, keys))
         if name == "same shape":
@@ -184,9 +183,8 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
     title = f"pruning {size / GB:.1f} GB"
     print(metrics.format_table((title, "cp s", "prune s", "ratio"), rows))
     print(f"hashing {size / GB:.1f} GB for the manifest: {hashing:.1f} s")
-    print(
-        f"peak memory {peak:.2f} GB, bound 2 x {largest / GB:.2f} + 1 = {2 * largest / GB + 1:.2f} GB"
-    )
+    bound = 2 * largest / GB + 1
+    print(f"peak memory {peak:.2f} GB, bound 2 x {largest / GB:.2f} + 1 = {bound:.2f} GB")
 
 
 def main() -> None:
