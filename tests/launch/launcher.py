@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 STAGES = sorted(path.stem for path in LAUNCH.glob("*.py"))
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 

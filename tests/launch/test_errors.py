@@ -82,6 +82,8 @@ def world(tmp_path_factory, forked):
     recipe = forked("train", *TRAIN, "--out", "run", "--print_config", cwd=root)
     (root / "run" / "recipe.yaml").write_text(recipe.out)
     (root / "run" / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    (root / "damaged").mkdir()
+    (root / "damaged" / "recipe.yaml").write_text("train: {steps: 3")
     return root
 
 
@@ -270,6 +272,21 @@ MISTAKES = {
         "with another recipe than run/recipe.yaml: train.lr: 0.0001 -> 0.5; "
         "take the old values or another --out",
     ),
+    "resumed without a run": (
+        "distill",
+        (*DISTILL, "--out", "other", "--resume"),
+        r"--resume cannot continue other, which is no run \(it has no recipe.yaml\); correct --out",
+    ),
+    "resumed with a damaged recipe": (
+        "train",
+        (*TRAIN, "--out", "damaged", "--resume"),
+        "damaged/recipe.yaml is not a recipe; restore it, or choose another --out",
+    ),
+    "damaged checkpoint": (
+        "train",
+        (*TRAIN, "--out", "run", "--resume"),
+        "run/checkpoints/iter_0000005 is not a torch_dist checkpoint",
+    ),
     "step without a checkpoint": (
         "export",
         ("--run", "run", "--run.step", 3),
@@ -340,7 +357,7 @@ def test_a_mistake_is_one_line(mistake, world, forked):
     ],
 )
 def test_a_mistake_on_two_ranks_is_one_line_and_ends_both(stage, arguments, message, world):
-    result = Launch(stage, *arguments, "--out", "out", cwd=world, ranks=2).wait(60)
+    result = Launch(stage, *arguments, "--out", "out", cwd=world, ranks=2).wait()
     assert result.status != 0
     ours, elastic, report = result.err.partition("torch/distributed/elastic")
     assert result.err.count("error: ") == ours.count(f"error: {message}") == 1

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from minitron import artifact
 from minitron.data.tokenizer import load_tokenizer
-from tests.launch.launcher import LAUNCH, Launch, launch
+from tests.launch.launcher import LAUNCH, TIMEOUT_S, Launch, launch
 from tests.runs import write_tokens
 
 SEQ_LENGTH = 32
@@ -314,7 +314,7 @@ def test_a_killed_run_resumes_to_the_same_weights(demo):
         cwd=demo.parent,
         ranks=2,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not (out / "checkpoints" / "iter_0000002").exists() and time.monotonic() < deadline:
         assert run.is_running, run.wait()
         time.sleep(0.02)

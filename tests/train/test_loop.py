@@ -192,8 +192,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(models, tmp_path):
     first, second = run_on("pp2", _failure, run)
     assert first == second
     assert first == (
-        "the loss is nan at step 1; lower train.lr=0.0005 or look at the data, then continue "
-        "from the last checkpoint with --resume"
+        "at step 1 the loss is nan and the gradient norm nan; lower train.lr=0.001 or look at "
+        "the data, and start another run"
     )
 
 
