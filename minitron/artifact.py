@@ -43,7 +43,7 @@ def check_out(
     Raises:
         MinitronError: `out` is a file, cannot be created, or holds the working directory; or it is
             not empty, without `overwrite` or `resume`; or `overwrite` would delete an input, or
-            what minitron did not write.
+            what minitron did not write; or `resume` would continue what is no run.
     """
     try:
         _check_place(out)
@@ -51,6 +51,11 @@ def check_out(
     except OSError as error:
         raise _unusable(out, error) from None
     if resume:
+        if entries and RECIPE not in entries:
+            raise MinitronError(
+                f"--resume cannot continue {out}, which is no run (it has no {RECIPE}); "
+                "correct --out, or choose another directory"
+            )
         return
     place = Path(os.path.realpath(out))
     if Path.cwd().is_relative_to(place):

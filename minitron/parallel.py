@@ -228,4 +228,5 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if is_rank_zero():
             shutil.rmtree(directory, ignore_errors=True)
         raise
+    barrier()  # until all have written
     on_rank_zero(lambda: artifact.replace_directory(directory, out))

@@ -56,6 +56,7 @@ TOPOLOGIES = {
     "tp4+sp": _ranks(tp=4, sequence_parallel=True),
     "pp2": _ranks(pp=2),
     "pp2 uneven": _ranks(pp=2, layers_per_stage=[1, 3]),
+    "pp4": _ranks(pp=4),
     "dp2": _ranks(dp=2),
     "tp2 pp2": _ranks(tp=2, pp=2),
     "tp2+sp pp2": _ranks(tp=2, pp=2, sequence_parallel=True),

@@ -49,8 +49,18 @@ def test_what_is_there_is_kept_unless_the_user_says_otherwise(model):
         MinitronError, match=r"not empty \(it holds config.json and 2 more\).*--over"
     ):
         check_out(model)
-    check_out(model, resume=True)
     check_out(model, overwrite=True)
+
+
+def test_only_a_run_is_resumed(model, tmp_path):
+    """A misspelt --out must not write a training run into a model directory."""
+    with pytest.raises(MinitronError, match=r"model, which is no run \(it has no recipe"):
+        check_out(model, resume=True)
+    (model / "recipe.yaml").write_text("out: x")
+    check_out(model, resume=True)
+    check_out(tmp_path / "new", resume=True)
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty", resume=True)
 
 
 def test_overwrite_spares_what_minitron_did_not_write(tmp_path):
@@ -85,6 +95,7 @@ def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, out):
     with pytest.raises(MinitronError, match="the working directory or holds it"):
         check_out(Path(out))
     check_out(Path("sub"))
+    (tmp_path / "run" / "recipe.yaml").write_text("out: .")
     check_out(Path("."), resume=True)  # nothing is replaced
 
 
@@ -115,7 +126,6 @@ def test_overwrite_spares_what_the_stage_reads(model, name):
     with pytest.raises(MinitronError, match=f"would delete {model}, but this stage reads"):
         check_out(model, overwrite=True, inputs=[None, model.parent, model / name])
     check_out(model, overwrite=True, inputs=[None, model.parent, model.with_name("model2")])
-    check_out(model, resume=True, inputs=[model])
 
 
 # Complete or absent

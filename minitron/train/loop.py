@@ -150,10 +150,11 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         losses = means.reduce()
         losses.pop("tokens")
-        if not math.isfinite(losses[minimised]):
+        if not (math.isfinite(losses[minimised]) and math.isfinite(grad_norm)):
             raise MinitronError(
-                f"the loss is {losses[minimised]} at step {self.step}; lower train.lr={lr:g} or "
-                "look at the data, then continue from the last checkpoint with --resume"
+                f"at step {self.step} the loss is {losses[minimised]:g} and the gradient norm "
+                f"{grad_norm:g}; lower train.lr={self.config.lr:g} or look at the data, and start "
+                "another run"
             )
         return {
             "step": self.step,

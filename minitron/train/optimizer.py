@@ -48,7 +48,7 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
         OptimizerConfig(
             optimizer="adam",
             lr=config.lr,
-            min_lr=config.min_lr,
+            min_lr=config.final_lr,
             weight_decay=config.weight_decay,
             adam_beta1=config.adam_beta1,
             adam_beta2=config.adam_beta2,
@@ -71,13 +71,13 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step `step` (1 is the first): linear warm-up, then cosine to `min_lr`."""
-    assert config.min_lr is not None
+    """Learning rate of step `step` (1 is the first): linear warm-up, then a cosine."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     decay_steps = max(config.steps - config.warmup_steps, 1)
     progress = min((step - config.warmup_steps) / decay_steps, 1.0)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    final = config.final_lr
+    return final + (config.lr - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

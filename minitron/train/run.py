@@ -66,7 +66,7 @@ def open_run(recipe: Any) -> None:
         artifact.create_directory(out.resolve())
         saved = out / artifact.RECIPE
         if recipe.resume and saved.exists():
-            _check_same_recipe(yaml.safe_load(saved.read_text()), config.to_dict(recipe), saved)
+            _check_same_recipe(_read_recipe(saved), config.to_dict(recipe), saved)
         (out / artifact.MANIFEST).unlink(missing_ok=True)
         config.save(recipe, saved)
 
@@ -143,6 +143,16 @@ def open_batches(
         **ranks,
     )
     return batches, validation
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise MinitronError(f"{path} is not a recipe; restore it, or choose another --out")
+    return recipe
 
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -64,7 +64,7 @@ def run(models, tmp_path):
 
 
 def _distill(parallel, run, temperature):
-    """Distill, then write the student's gradients and the teacher's weights; facts of the teacher."""
+    """Distill, then write the student's gradients and the teacher's weights; state of both."""
     topology = initialize(parallel)
     student, teacher = build_model(run.model, topology), build_model(run.teacher, topology)
     objective = LogitDistillation(Teacher(teacher), DistillConfig(temperature=temperature))

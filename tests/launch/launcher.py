@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 STAGES = sorted(path.stem for path in LAUNCH.glob("*.py"))
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
@@ -50,7 +50,7 @@ class Launch:
 
     def __init__(self, stage: str, *arguments: object, cwd: Path, ranks: int = 1) -> None:
         command = [sys.executable, *((*TORCHRUN, str(ranks)) if ranks > 1 else ())]
-        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         self._process = subprocess.Popen(
             [*command, str(LAUNCH / f"{stage}.py"), *map(str, arguments)],
             cwd=cwd,

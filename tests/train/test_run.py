@@ -70,7 +70,9 @@ def test_overwriting_begins_anew(recipe):
 def test_overwriting_spares_what_minitron_did_not_write(recipe):
     recipe.out.mkdir(parents=True)
     (recipe.out / "thesis.tex").write_text("x")
-    with pytest.raises(MinitronError, match="--overwrite would delete .*first, which minitron did"):
+    with pytest.raises(
+        MinitronError, match=r"--overwrite would delete .*first, which minitron did"
+    ):
         open_run(replace(recipe, overwrite=True))
     assert _files(recipe.out) == ["thesis.tex"]
 
