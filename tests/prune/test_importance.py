@@ -2,14 +2,17 @@
 
 import re
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
-from minitron.prune.importance import ImportanceConfig, measure_importance
+from minitron.prune import importance
+from minitron.prune.importance import ImportanceConfig, measure_importance, open_calibration
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
 
@@ -86,14 +89,14 @@ def _definition(model, prefix, num_samples):
 
 
 def _measure(parallel, directory, prefix, samples, micro_batch_size):
-    importance, calibration = measure_importance(
+    scores, calibration = measure_importance(
         directory,
         data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
         importance=ImportanceConfig(samples=samples, micro_batch_size=micro_batch_size),
         parallel=parallel,
         precision="fp32",
     )
-    return asdict(importance), calibration
+    return asdict(scores), calibration
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,37 @@ def test_samples_of_other_aggregations_rank_differently(model, tokens):
     scores = _definition(model[1], tokens, NUM_SAMPLES)["ffn"].flatten(0, 1)
     orders = {tuple(row.argsort(stable=True).flatten().tolist()) for row in scores}
     assert len(orders) == 9
+
+
+def _count_collectives(parallel, directory, prefix, samples):
+    """Number of collectives that importance itself makes."""
+    counted = []
+
+    def all_reduce(tensor, group=None):
+        counted.append(tensor.numel())
+        dist.all_reduce(tensor, group=group)
+
+    model, batches, _ = open_calibration(
+        directory,
+        data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
+        importance=ImportanceConfig(samples=samples),
+        parallel=parallel,
+        precision="fp32",
+    )
+    real, importance.dist = importance.dist, SimpleNamespace(all_reduce=all_reduce)
+    try:
+        importance.collect_importance(model, batches)
+    finally:
+        importance.dist = real
+    return len(counted)
+
+
+@pytest.mark.parametrize(
+    ("topology", "each"), [("tp4+sp", 1), ("tp4", 1), ("tp2+sp", 1), ("tp2", 0)]
+)
+def test_a_micro_batch_takes_at_most_one_collective(model, tokens, topology, each):
+    few, many = (run_on(topology, _count_collectives, model[0], tokens, n)[0] for n in (2, 7))
+    assert many - few == 5 * each
 
 
 @pytest.mark.parametrize("name", ["samples", "micro_batch_size"])
