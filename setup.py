@@ -34,7 +34,7 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     ]
 CXX_FLAGS = [
-    *("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall"),
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"),
     # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes.
     *("-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-uninitialized"),
     "-Wno-maybe-uninitialized",

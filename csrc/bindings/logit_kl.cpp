@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> merge(const Tensor& gathered, const std::optional<Ten
         }
         to[token] = r;
         const KLLosses l =
-            read && !read[token] ? KLLosses{0.f, 0.f, 0.f, 0.f} : kl_losses(r, tau);
+            read && !read[token] ? KLLosses{0.f, 0.f, 0.f, 0.f} : kl_losses(r);
         loss[token] = l.forward_kl;
         loss[tokens + token] = l.reverse_kl;
         loss[2 * tokens + token] = l.cross_entropy;

@@ -43,22 +43,20 @@ float tile_maximum(const T* row, int64_t count) {
 template <bool kReverse, bool kUnitSum, bool kKeep, bool kGuarded, typename S, typename T>
 KLStatistics tile_statistics(const S* s, const T* t, int64_t count, float temperature, float m,
                              float n, float* student_exp, float* teacher_exp) {
-    const Vec scale(kLog2E / temperature), log2e(kLog2E);
-    const Vec student_reference(m), teacher_reference(n), unit_reference(m * temperature);
+    const Vec scale(kLog2E / temperature), student_reference(m), teacher_reference(n);
     Vec a(0.f), b(0.f), c(0.f), d(0.f), e(0.f);
     const auto add_product = [](const Vec& weight, const Vec& x, const Vec& sum) {
         return kGuarded ? add_product_where_positive(weight, x, sum)
                         : at::vec::fmadd(weight, x, sum);
     };
     const auto add = [&](const Vec& student, const Vec& teacher, int64_t i) {
-        const Vec x = fused_difference(student, scale, student_reference);
-        const Vec y = fused_difference(teacher, scale, teacher_reference);
-        const Vec p = exp2(x), q = exp2(y);
+        const Vec x = student - student_reference, y = teacher - teacher_reference;
+        const Vec p = exp2(x * scale), q = exp2(y * scale);
         a = a + p;
         b = b + q;
         c = add_product(q, y - x, c);
         if constexpr (kReverse) d = add_product(p, x - y, d);
-        if constexpr (kUnitSum) e = e + exp2(fused_difference(student, log2e, unit_reference));
+        if constexpr (kUnitSum) e = e + exp2(x * Vec(kLog2E));
         if constexpr (kKeep) {
             p.store(student_exp + i);
             q.store(teacher_exp + i);
@@ -69,7 +67,9 @@ KLStatistics tile_statistics(const S* s, const T* t, int64_t count, float temper
     if (i < count) {  // low enough to count nothing, yet finite
         add(load(s + i, count - i, kNoColumns), load(t + i, count - i, kNoColumns), i);
     }
-    KLStatistics r = {m, n, reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d), 0.f, 0.f};
+    KLStatistics r = {m, n, reduce_add(a), reduce_add(b), 0.f, 0.f, 0.f, 0.f};
+    r.c = reduce_add(c) / temperature;
+    r.d = reduce_add(d) / temperature;
     r.e = kUnitSum ? reduce_add(e) : r.a;
     return r;
 }
@@ -98,10 +98,8 @@ KLStatistics row_statistics(const S* s, const T* t, const LogitKLArguments& args
         KLStatistics tile = kl_neutral();
         if (r.a > 0.f && r.b > 0.f) tile = run(std::false_type(), r.m, r.n);
         if (tile.m == kNoColumns || !sound(tile)) {
-            const float scale = kLog2E / args.temperature;
-            const float m = tile_maximum(s + start, count), n = tile_maximum(t + start, count);
-            tile = run(std::true_type(), m > kNoColumns ? m * scale : m,
-                       n > kNoColumns ? n * scale : n);
+            tile = run(std::true_type(), tile_maximum(s + start, count),
+                       tile_maximum(t + start, count));
         }
         if constexpr (kKeep) {
             *references++ = tile.m;
@@ -143,23 +141,20 @@ void map_row(const S* s, const T* t, G* to, int64_t count, const F& f) {
 //
 // Here the normalisers are part of α, β, ρ and γ, which multiply bare exponentials.
 struct RowGradient {
-    float m, n, unit, scale;
+    float m, n, scale;
     float alpha, beta, rho, gamma, lambda, centre;
 
     RowGradient(const KLStatistics& r, const LogitKLArguments& args, const LogitKLGradient& out,
                 int64_t row)
-        : m(r.m), n(r.n), unit(r.m * args.temperature), scale(kLog2E / args.temperature) {
+        : m(r.m), n(r.n), scale(kLog2E / args.temperature) {
         const float* weights = out.weights + row;
-        const float z_slope =
-            weights[3 * out.tokens] == 0.f
-                ? 0.f
-                : weights[3 * out.tokens] * static_cast<float>(2 * kl_log_sum(r, args.temperature));
+        const float z_slope = 2 * (r.m + std::log(r.e)) * weights[3 * out.tokens];
         lambda = weights[2 * out.tokens];
         gamma = (lambda + z_slope) / r.e;
         alpha = weights[0] / args.temperature / r.a;
         beta = weights[0] / args.temperature / r.b;
-        rho = weights[out.tokens] / args.temperature / r.a * static_cast<float>(kLn2);
-        centre = r.d / r.a;  // the mean of (x−m) − (y−n) under p, in which the normalisers cancel
+        rho = weights[out.tokens] / args.temperature / args.temperature / r.a;
+        centre = r.d / r.a * args.temperature;  // mean of x − y under p: the normalisers cancel
         if (args.temperature == 1.f) {
             alpha += gamma;
             gamma = 0.f;
@@ -168,16 +163,14 @@ struct RowGradient {
 
     template <bool kReverse, bool kUnitSum>
     Vec operator()(const Vec& student, const Vec& teacher) const {
-        const Vec x = fused_difference(student, Vec(scale), Vec(m));
-        const Vec y = fused_difference(teacher, Vec(scale), Vec(n));
-        const Vec p = exp2(x), q = exp2(y);
+        const Vec x = student - Vec(m), y = teacher - Vec(n);
+        const Vec p = exp2(x * Vec(scale)), q = exp2(y * Vec(scale));
         Vec g = at::vec::fmsub(Vec(alpha), p, Vec(beta) * q);
         if constexpr (kReverse) {
             g = add_product_where_positive(p, Vec(rho) * (x - y - Vec(centre)), g);
         }
         if constexpr (kUnitSum) {
-            g = at::vec::fmadd(Vec(gamma), exp2(fused_difference(student, Vec(kLog2E), Vec(unit))),
-                               g);
+            g = at::vec::fmadd(Vec(gamma), exp2(x * Vec(kLog2E)), g);
         }
         return g;
     }
@@ -241,8 +234,8 @@ void fused_row(const S* s, const T* t, S* to, KLStatistics& r, const LogitKLArgu
     const int64_t column = label_column(args, gradient, row);
     for (int64_t start = 0, tile = 0; start < args.columns; start += kTile, ++tile) {
         const int64_t count = std::min(kTile, args.columns - start);
-        const Vec alpha(gradient.alpha * kl_weight(references[2 * tile] - r.m));
-        const Vec beta(gradient.beta * kl_weight(references[2 * tile + 1] - r.n));
+        const Vec alpha(gradient.alpha * kl_weight((references[2 * tile] - r.m) / args.temperature));
+        const Vec beta(gradient.beta * kl_weight((references[2 * tile + 1] - r.n) / args.temperature));
         const auto f = [&](const Vec& p, const Vec& q) {
             return at::vec::fmsub(alpha, p, beta * q);
         };

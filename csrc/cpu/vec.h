@@ -9,7 +9,6 @@
 #include <ATen/cpu/vec/functional.h>
 #include <c10/util/BFloat16.h>
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -23,6 +22,7 @@ namespace CPU_CAPABILITY {
 using Vec = at::vec::Vectorized<float>;
 using c10::BFloat16;
 constexpr int64_t kLanes = Vec::size();
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline Vec load(const float* from) { return Vec::loadu(from); }
@@ -50,20 +50,6 @@ inline float reduce_max(const Vec& x) {
 
 inline float reduce_add(const Vec& x) {
     return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
-}
-
-// a · b − c, rounded once: what keeps the digits of logits that share a large offset.
-inline Vec fused_difference(const Vec& a, const Vec& b, const Vec& c) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-    return at::vec::fmsub(a, b, c);
-#else
-    float x[kLanes], y[kLanes], z[kLanes];
-    a.store(x);
-    b.store(y);
-    c.store(z);
-    for (int64_t i = 0; i < kLanes; ++i) x[i] = std::fma(x[i], y[i], -z[i]);
-    return load(x);
-#endif
 }
 
 // 2^f on [0, 1): minimax in the relative error (8e-8) with the value 1 at 0.

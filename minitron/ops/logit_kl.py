@@ -1,20 +1,19 @@
 """Losses between a student's and a teacher's vocabulary-parallel logits, from one sweep over both.
 
-With s and t the logits, x = s log₂e/τ and y = t log₂e/τ, a rank reads its columns once and keeps
-eight numbers a token; the references m and n are close to max x and max y:
+With s and t the logits, m and n references close to their maxima, x = (s−m)/τ and y = (t−n)/τ, a
+rank reads its columns once and keeps eight numbers a token:
 
-    m,  n,  a = Σ 2^(x−m),  b = Σ 2^(y−n),  e = Σ e^s / 2^(τm),  l = s[label]
-    c = Σ 2^(y−n) [(y−n) − (x−m)],  d = Σ 2^(x−m) [(x−m) − (y−n)]
+    m,  n,  a = Σ e^x,  b = Σ e^y,  c = Σ e^y (y−x),  d = Σ e^x (x−y),  e = Σ e^(s−m),  l = s[label]
 
 Sets of columns merge by moving their sums to common references (csrc/include/kl_merge.h), so one
 all-gather serves any number of ranks, and over the whole vocabulary
 
-    forward KL(q ‖ p) = ln2 C/B − ln B + ln A        (the references cancel)
-    reverse KL(p ‖ q) = ln2 D/A − ln A + ln B
-    cross-entropy     = ln2 τM + ln E − L            z-loss = (ln2 τM + ln E)²
+    forward KL(q ‖ p) = C/B − ln B + ln A        (the references cancel)
+    reverse KL(p ‖ q) = D/A − ln A + ln B
+    cross-entropy     = M + ln E − L             z-loss = (M + ln E)²
 
 The gradient needs no collective. It is recomputed from the saved statistics, e.g. for forward KL
-(1/τ)(2^(x−M)/A − 2^(y−N)/B), because gradients written in the forward pass meet the incoming
+(1/τ)(e^x/A − e^y/B), because gradients written in the forward pass meet the incoming
 gradient only after they were rounded. No collective enters autograd: three published
 implementations do that and return a right loss with a gradient wrong by the group's size.
 

@@ -5,15 +5,10 @@ The columns of `statistics` are the m, n, a, b, c, d, e, l of `minitron.ops.logi
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from minitron.ops.vocab_parallel import NO_COLUMNS, accumulation_dtype, token_chunks
-
-_LN2 = math.log(2)
-_LOG2_E = 1 / _LN2
 
 
 def statistics(
@@ -29,7 +24,6 @@ def statistics(
 ) -> Tensor:
     """One rank's statistics [tokens, 8] of its columns."""
     dtype = accumulation_dtype(student.dtype)
-    scale = _LOG2_E / temperature
     out = student.new_zeros(student.size(0), 8, dtype=dtype)
     m, n, a, b, c, d, e, l = out.unbind(1)  # noqa: E741
     m.fill_(NO_COLUMNS)
@@ -39,17 +33,14 @@ def statistics(
     for chunk in token_chunks(*student.shape):
         s = student[chunk, :valid_columns].to(dtype)
         t = teacher[chunk, :valid_columns].to(dtype)
-        student_max, teacher_max = s.amax(1, True), t.amax(1, True)
-        m[chunk] = (student_max[:, 0] * scale).clamp(min=NO_COLUMNS)
-        n[chunk] = (teacher_max[:, 0] * scale).clamp(min=NO_COLUMNS)
-        x = (s - student_max.clamp(min=NO_COLUMNS)) * scale
-        y = (t - teacher_max.clamp(min=NO_COLUMNS)) * scale
-        p, q = x.exp2(), y.exp2()
+        m[chunk], n[chunk] = s.amax(1).clamp(min=NO_COLUMNS), t.amax(1).clamp(min=NO_COLUMNS)
+        x, y = (s - m[chunk, None]) / temperature, (t - n[chunk, None]) / temperature
+        p, q = x.exp(), y.exp()
         a[chunk], b[chunk] = p.sum(1), q.sum(1)
         c[chunk] = torch.where(q > 0, q * (y - x), 0).sum(1)
         if reverse:
             d[chunk] = torch.where(p > 0, p * (x - y), 0).sum(1)
-        e[chunk] = (x * temperature).exp2().sum(1) if unit_sum and temperature != 1 else a[chunk]
+        e[chunk] = (x * temperature).exp().sum(1) if unit_sum and temperature != 1 else a[chunk]
         if labels is not None:
             column, here = _label_columns(labels[chunk], label_offset, valid_columns)
             l[chunk] = torch.where(here, s.gather(1, column[:, None])[:, 0], 0)
@@ -62,21 +53,20 @@ def merge(gathered: Tensor, mask: Tensor | None, temperature: float) -> tuple[Te
     """Losses [4, tokens] and merged statistics [tokens, 8] from all ranks' [t, tokens, 8]."""
     m, n, a, b, c, d, e, l = gathered.unbind(2)  # noqa: E741
     student_max, teacher_max = m.amax(0), n.amax(0)
-    m, n = (m - student_max), (n - teacher_max)
-    u, w = m.exp2(), n.exp2()
+    m, n = (m - student_max) / temperature, (n - teacher_max) / temperature
+    u, w = m.exp(), n.exp()
     student_sum, teacher_sum = (a * u).sum(0), (b * w).sum(0)
     forward = torch.where(w > 0, w * (c + b * (n - m)), 0).sum(0)
     backward = torch.where(u > 0, u * (d + a * (m - n)), 0).sum(0)
-    unit_sum, label_logit = (e * (m * temperature).exp2()).sum(0), l.sum(0)
+    unit_sum, label_logit = (e * (m * temperature).exp()).sum(0), l.sum(0)
 
-    ratio = student_sum.log() - teacher_sum.log()
-    log_sum = _log_sum(student_max, unit_sum, temperature)
+    ratio, log_sum = (student_sum / teacher_sum).log(), unit_sum.log()
     losses = torch.stack(
         [
-            forward / teacher_sum * _LN2 + ratio,
-            backward / student_sum * _LN2 - ratio,
-            (log_sum - label_logit).to(ratio),
-            log_sum.square().to(ratio),
+            forward / teacher_sum + ratio,
+            backward / student_sum - ratio,
+            (student_max - label_logit) + log_sum,
+            (student_max + log_sum).square(),
         ]
     )
     if mask is not None:
@@ -103,18 +93,17 @@ def gradient(
     m, n, a, b, _, d, e, _ = (column[:, None] for column in merged.unbind(1))
     by_forward, by_reverse, by_cross_entropy, by_z = weights[:, :, None]
     for chunk in token_chunks(*student.shape):
-        x = student[chunk, :valid_columns].to(merged.dtype) * (_LOG2_E / temperature) - m[chunk]
-        y = teacher[chunk, :valid_columns].to(merged.dtype) * (_LOG2_E / temperature) - n[chunk]
-        p, q = x.exp2() / a[chunk], y.exp2() / b[chunk]
+        x = (student[chunk, :valid_columns].to(merged.dtype) - m[chunk]) / temperature
+        y = (teacher[chunk, :valid_columns].to(merged.dtype) - n[chunk]) / temperature
+        p, q = x.exp() / a[chunk], y.exp() / b[chunk]
         grad = by_forward[chunk] / temperature * (p - q)
         if reverse:
-            excess = by_reverse[chunk] / temperature * _LN2 * (x - y - d[chunk] / a[chunk])
+            excess = by_reverse[chunk] / temperature * (x - y - d[chunk] / a[chunk])
             # an infinite divergence that nobody weighs must not matter
             grad += torch.where((p > 0) & (by_reverse[chunk] != 0), p * excess, 0)
         if unit_sum:
-            log_sum = _log_sum(m[chunk], e[chunk], temperature).to(merged)
-            slope = by_cross_entropy[chunk] + 2 * log_sum * by_z[chunk]
-            grad += slope * (x * temperature).exp2() / e[chunk]
+            slope = by_cross_entropy[chunk] + 2 * (m[chunk] + e[chunk].log()) * by_z[chunk]
+            grad += slope * (x * temperature).exp() / e[chunk]
         if labels is not None and valid_columns:
             column, here = _label_columns(labels[chunk], label_offset, valid_columns)
             grad.scatter_add_(1, column[:, None], -by_cross_entropy[chunk] * here[:, None])
@@ -141,11 +130,6 @@ def fused(
     merged = statistics(student, teacher, labels, mask, *options)
     gradient(student, teacher, labels, mask, merged, weights, *options, destination)
     return merged
-
-
-def _log_sum(reference: Tensor, total: Tensor, temperature: float) -> Tensor:
-    """ln Σ e^s in fp64, because the reference may be large and the loss is what is left of it."""
-    return reference.double() * (temperature * _LN2) + total.double().log()
 
 
 def _label_columns(labels: Tensor, offset: int, valid_columns: int) -> tuple[Tensor, Tensor]:
