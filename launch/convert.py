@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron import artifact, config, platform
+from minitron.errors import MinitronError
 from minitron.model import hf
+from minitron.model.arch import Architecture
 from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero, publish
@@ -85,6 +88,7 @@ def main(recipe: Recipe) -> None:
     else:
         parents["checkpoint"] = checkpoint
         arch = hf.read_architecture(path)
+        _check_same_model(path, arch, checkpoint)
         model = build_llama(arch, topology, None, dtype=dtype)
         load_checkpoint(checkpoint, model)
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
@@ -102,6 +106,25 @@ def main(recipe: Recipe) -> None:
                 metrics={"num_parameters": arch.num_parameters},
             )
         )
+
+
+def _check_same_model(path: Path, arch: Architecture, checkpoint: Path) -> None:
+    """Refuse a model whose shape is not the one that minitron wrote beside the checkpoint.
+
+    Padding hides another vocabulary from Megatron's own check.
+
+    Raises:
+        MinitronError: the shapes differ.
+    """
+    if not (checkpoint / hf.CONFIG_FILE).exists():
+        return
+    stored = dataclasses.asdict(hf.read_architecture(checkpoint))
+    for name, value in dataclasses.asdict(arch).items():
+        if stored[name] != value:
+            raise MinitronError(
+                f"{checkpoint} is of another model than {path}: {name} is {stored[name]} there "
+                f"and {value} here; give --model the model that was trained"
+            )
 
 
 if __name__ == "__main__":

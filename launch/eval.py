@@ -67,6 +67,7 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     """Evaluate on all ranks, write on one."""
+    recipe.parallel.check_seq_length(recipe.data.seq_length)
     topology = initialize(recipe.parallel, seed=recipe.seed)
     inputs = [recipe.model.path]
     on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))

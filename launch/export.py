@@ -32,6 +32,10 @@ class RunSource:
         Raises:
             MinitronError: the run has no such checkpoint.
         """
+        if not self.path.is_dir():
+            raise MinitronError(
+                f"{self.path} is not a directory; give the --out of a training or distillation run"
+            )
         directory = self.path / CHECKPOINTS
         steps = list_checkpoints(directory)
         if not steps or self.step not in (None, *steps):

@@ -75,6 +75,19 @@ class ParallelConfig:
             )
         return world_size // model
 
+    def check_seq_length(self, seq_length: int) -> None:
+        """Refuse samples that sequence parallelism cannot split.
+
+        Raises:
+            MinitronError: the length does not divide.
+        """
+        if self.sequence_parallel and seq_length % self.tensor_model_parallel_size:
+            raise MinitronError(
+                f"data.seq_length={seq_length} is not divisible by "
+                f"parallel.tensor_model_parallel_size={self.tensor_model_parallel_size}, which "
+                "parallel.sequence_parallel splits it by; use a multiple"
+            )
+
     def split_layers(self, num_layers: int) -> list[int]:
         """Layers of each pipeline stage.
 
@@ -210,4 +223,5 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if is_rank_zero():
             shutil.rmtree(directory, ignore_errors=True)
         raise
+    barrier()  # until all have written
     on_rank_zero(lambda: artifact.replace_directory(directory, out))

@@ -55,7 +55,9 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
         _exit(USER_ERROR)
     except KeyboardInterrupt:
         _exit(INTERRUPTED)
-    except Exception as error:
+    except SystemExit:  # --help
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         if isinstance(error, BrokenPipeError) and _is_stdout_broken():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
             _exit(BROKEN_PIPE)

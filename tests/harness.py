@@ -78,7 +78,7 @@ class RankPool:
             process.start()
 
     def close(self) -> None:
-        """End the processes and those they started (checkpoint writers), which would outlive them."""
+        """End the processes, and the checkpoint writers they started, which would outlive them."""
         for process in self._processes:
             for child in [
                 *psutil.Process(process.pid).children(recursive=True),

@@ -13,24 +13,30 @@ from tests.runs import Run, open_batches
 
 
 def language_modeling_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Next-token cross-entropy [b, s]."""
-    logits = model(batch.tokens).logits
+    """Next-token cross-entropy [b, s], in fp64 from the logits on."""
+    logits = model(batch.tokens).logits.double()
     return F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
 
 
 def distillation_loss(
     model: LlamaForCausalLM, teacher: LlamaForCausalLM, batch: Batch, temperature: float = 1.0
 ) -> Tensor:
-    """Forward KL(teacher || student) [b, s]."""
+    """Forward KL(teacher || student) [b, s], in fp64 from the logits on."""
     with torch.no_grad():
-        target = F.log_softmax(teacher(batch.tokens).logits / temperature, -1)
-    output = F.log_softmax(model(batch.tokens).logits / temperature, -1)
+        target = F.log_softmax(teacher(batch.tokens).logits.double() / temperature, -1)
+    output = F.log_softmax(model(batch.tokens).logits.double() / temperature, -1)
     return F.kl_div(output, target, log_target=True, reduction="none").sum(-1)
 
 
 def masked_mean(losses: Tensor, batch: Batch) -> Tensor:
     """Mean over the labels that count."""
     return (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
+
+
+def global_batch(run: Run, step: int) -> Batch:
+    """All samples of a step as one batch."""
+    parts = list(open_batches(run).microbatches(step))
+    return Batch(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def train(
@@ -48,11 +54,9 @@ def train(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
     )
-    batches = open_batches(run)
     records = []
     for step in range(config.steps):
-        parts = list(batches.microbatches(step))
-        batch = Batch(*(torch.cat([vars(p)[name] for p in parts]) for name in vars(parts[0])))
+        batch = global_batch(run, step)
         if teacher is None:
             losses = language_modeling_loss(model, batch)
         else:

@@ -28,6 +28,7 @@ from minitron.model.llama import LlamaModel, build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
 from minitron.platform import Precision
+from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
 from minitron.train.objective import LanguageModeling, Objective
@@ -55,6 +56,7 @@ TOPOLOGIES = {
     "tp4+sp": _ranks(tp=4, sequence_parallel=True),
     "pp2": _ranks(pp=2),
     "pp2 uneven": _ranks(pp=2, layers_per_stage=[1, 3]),
+    "pp4": _ranks(pp=4),
     "dp2": _ranks(dp=2),
     "tp2 pp2": _ranks(tp=2, pp=2),
     "tp2+sp pp2": _ranks(tp=2, pp=2, sequence_parallel=True),
@@ -159,6 +161,7 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         validation,
         run.train,
         run.out,
+        ModelFiles(dtype=platform.DTYPES[run.precision], base_dir=run.model, tokenizer=None),
     )
     if run.resume:
         trainer.resume()

@@ -421,3 +421,13 @@ def test_print_config_still_checks():
 def test_help_needs_no_torch():
     code = "import sys, minitron.stage, minitron.metrics; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_list_takes_several_values_and_commas_between_numbers():
+    recipe = parse(
+        "--out", "x", "--data.path", "a,b", "c", "--data.drop", "3,4", "--data.path", "d"
+    )
+    assert recipe.data.path == [Path("a,b"), Path("c"), Path("d")]
+    assert recipe.data.drop == (3, 4)
+    with pytest.raises(MinitronError, match=r"data.drop=\['3', 'x'\]|data.drop"):
+        parse("--out", "x", "--data.drop", "3,x")

@@ -31,9 +31,9 @@ def parse(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> Reci
     """Build a recipe from `--config FILE` and dotted keys, which win wherever they stand.
 
     Of several files the later ones win. `--help` and `--print_config` print on rank 0 and end the
-    process with status 0. A repeated key of a list type accumulates; a bare key of type bool means
-    true; a plain value for a section that has a `path` key sets that key; `null` switches an
-    optional section off.
+    process with status 0. A key of a list type takes several values and accumulates if repeated; a
+    bare key of type bool means true; a plain value for a section that has a `path` key sets that
+    key; `null` switches an optional section off.
 
     Args:
         recipe_class: a dataclass; its sections are dataclasses too.

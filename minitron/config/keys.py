@@ -52,6 +52,11 @@ class Key:
         return _is_list(self.type)
 
     @property
+    def is_list_of_numbers(self) -> bool:
+        """Whether those values are integers or floats."""
+        return self.is_list and typing.get_args(self.type)[0] in (int, float)
+
+    @property
     def opening(self) -> str | None:
         """The bracket that opens a value of this type in YAML's one-line style, if it has one."""
         if self.is_section or typing.get_origin(self.type) is dict:

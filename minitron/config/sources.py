@@ -16,7 +16,10 @@ _WITHOUT_VALUE = ("help", "print_config")
 
 
 def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[str]]:
-    """The texts given for each flag, flags in order of first appearance.
+    """The texts given for each key, keys in order of first appearance.
+
+    Plain text for a section counts as given for its `path` key, so that both forms add up. A key
+    of a list type takes all texts up to the next flag.
 
     Raises:
         MinitronError: a flag is unknown or lacks its value, or something is no flag.
@@ -29,20 +32,26 @@ def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[
             raise MinitronError(
                 f"unexpected argument {flag}; give keys as --key value (--help lists them)"
             )
-        name, has_value, value = flag[2:].partition("=")
-        texts = flags.setdefault(name, [])
+        name, has_value, text = flag[2:].partition("=")
         if name in _WITHOUT_VALUE:
+            flags[name] = []
             continue
         if name != "config" and name not in keys:
             raise unknown(name, keys)
-        if has_value:
-            texts.append(value)
-        elif rest and not rest[0].startswith("--"):
-            texts.append(rest.pop(0))
-        elif name in keys and keys[name].type is bool:
-            texts.append("true")
-        else:
-            raise MinitronError(f"--{name} has no value; give --{name} VALUE")
+        if not has_value:
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif name in keys and keys[name].type is bool:
+                text = "true"
+            else:
+                raise MinitronError(f"--{name} has no value; give --{name} VALUE")
+        if f"{name}.path" in keys and isinstance(_flow_value(keys[name], text), str):
+            name = f"{name}.path"
+        texts = [text]
+        if name in keys and keys[name].is_list and not has_value:
+            while rest and not rest[0].startswith("-"):
+                texts.append(rest.pop(0))
+        flags.setdefault(name, []).extend(texts)
     return flags
 
 
@@ -121,7 +130,8 @@ def _flow_value(key: Key, text: str) -> Any:
     if key.nullable and text == "null":
         return None
     if key.opening is None or not text.startswith(key.opening):
-        return text
+        # No number holds a comma; a path may.
+        return text.split(",") if key.is_list_of_numbers and "," in text else text
     try:
         return yaml.load(text, _TextLoader)
     except yaml.YAMLError:

@@ -33,7 +33,7 @@ def source_files() -> list[Path]:
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """Docstrings of a module, its classes and its functions, in order; those of a line left out."""
+    """Docstrings of a module, its classes and functions, level by level; those of a line left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library's own string escapes
         tree = ast.parse(source)

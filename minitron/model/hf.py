@@ -147,6 +147,10 @@ def read_architecture(directory: Path) -> Architecture:
     """
     if not directory.is_dir():
         raise MinitronError(f"{directory} is not a directory; give a Hugging Face model directory")
+    if not (directory / CONFIG_FILE).exists():
+        raise MinitronError(
+            f"{directory} has no {CONFIG_FILE}; give a Hugging Face model directory"
+        )
     config = artifact.read_json(directory / CONFIG_FILE)
     try:
         return architecture_from_config(config)

@@ -69,6 +69,7 @@ def measure_importance(
         MinitronError: the model or the data cannot be read, the sizes do not divide, or the scores
             are NaN or zero.
     """
+    parallel.check_seq_length(data.seq_length)
     topology = initialize(parallel)
     arch, weights = open_model(model_path)
     tokenizer = find_tokenizer(model_path)

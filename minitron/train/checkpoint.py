@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from minitron import artifact, parallel
 from minitron.data.tokenizer import Tokenizer
@@ -118,7 +119,8 @@ def load_checkpoint(
         The step of the checkpoint.
 
     Raises:
-        MinitronError: there is no complete checkpoint at `path`.
+        MinitronError: there is no complete checkpoint at `path`, or it is damaged or of another
+            model.
     """
     if not (path / "metadata.json").exists():
         raise MinitronError(f"{path} is not a torch_dist checkpoint (it has no metadata.json)")
@@ -126,12 +128,25 @@ def load_checkpoint(
         _create_state(optimizer)
     state = _sharded_state(model, optimizer, is_loading=True)
     state |= {"iteration": 0, "checkpoint_version": 0.0}
-    loaded = dist_checkpointing.load(state, str(path))
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
+        raise MinitronError(
+            f"{path} cannot be loaded ({_reason(error)}); it is damaged or of another model: "
+            "take another checkpoint"
+        ) from error
     model.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
     return int(loaded["iteration"])
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, on the first rank where it did, in one line."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _sharded_state(
@@ -150,9 +165,8 @@ def _sharded_state(
 def _create_state(optimizer: MegatronOptimizer) -> None:
     """Let Adam allocate its moments, which it otherwise does at its first step."""
     for single in optimizer.chained_optimizers:
+        _keep_step(single)
         inner = single.optimizer
-        if isinstance(single, DistributedOptimizer):
-            _keep_step(single)
         rates = [group["lr"] for group in inner.param_groups]
         for group in inner.param_groups:
             group["lr"] = 0.0

@@ -44,9 +44,6 @@ class TrainConfig:
     """Checkpoints to keep, the newest ones; 0 keeps all."""
 
     def __post_init__(self) -> None:
-        if self.min_lr is None:
-            object.__setattr__(self, "min_lr", self.lr / 10)
-        assert self.min_lr is not None
         for name in ("micro_batch_size", "global_batch_size"):
             if getattr(self, name) < 1:
                 raise MinitronError(f"train.{name}={getattr(self, name)} must be at least 1")
@@ -61,9 +58,10 @@ class TrainConfig:
             "checkpoint_interval",
             "keep_checkpoints",
         ):
-            if getattr(self, name) < 0:
-                raise MinitronError(f"train.{name}={getattr(self, name)} must not be negative")
-        if self.min_lr > self.lr:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise MinitronError(f"train.{name}={value} must not be negative")
+        if self.final_lr > self.lr:
             raise MinitronError(
                 f"train.min_lr={self.min_lr:g} is above train.lr={self.lr:g}; lower it"
             )
@@ -72,3 +70,8 @@ class TrainConfig:
                 f"train.warmup_steps={self.warmup_steps} is more than train.steps={self.steps}; "
                 "lower it"
             )
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate of the last step."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr

@@ -96,8 +96,10 @@ class Trainer:
         if self.step > 0:
             writer.truncate_after(self.step)
         validated: dict[str, float] = {}
-        if self.step == 0 or self.step == config.steps:
+        if self.step == 0:
             validated = self._validate(writer)
+        elif self.step == config.steps:  # resumed when all was done: its record is there
+            validated = self._validate(None)
         with progress(
             total=config.steps * self.tokens_per_step,
             initial=self.step * self.tokens_per_step,
@@ -162,7 +164,7 @@ class Trainer:
             "tokens_per_second": self.tokens_per_step / (time.perf_counter() - start),
         }
 
-    def _validate(self, writer: MetricsWriter) -> dict[str, float]:
+    def _validate(self, writer: MetricsWriter | None) -> dict[str, float]:
         if self.validation is None:
             return {}
         losses = evaluate(
@@ -173,7 +175,8 @@ class Trainer:
             prepare=self.objective.prepare,
         )
         losses.pop("tokens")
-        writer.write({"step": self.step, "tokens": self.step * self.tokens_per_step, **losses})
+        if writer is not None:
+            writer.write({"step": self.step, "tokens": self.step * self.tokens_per_step, **losses})
         log(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
         return losses
 

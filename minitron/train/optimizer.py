@@ -20,14 +20,15 @@ from minitron.train.config import TrainConfig
 def wrap_model(model: LlamaModel) -> DistributedDataParallel:
     """Give a model gradient buffers that are summed over its data-parallel replicas.
 
-    The optimizer's state is sharded over the replicas where there are several.
+    The optimizer's state is sharded over the replicas, even over a single one: its checkpoints
+    then fit any number of them.
     """
     topology = model.topology
     return DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=topology.dp_size > 1,
+            use_distributed_optimizer=True,
             overlap_grad_reduce=platform.has_cuda() and topology.dp_size > 1,
             overlap_param_gather=False,
             check_for_nan_in_grad=False,  # the optimizer's norm tells, without a synchronisation
@@ -47,7 +48,7 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
         OptimizerConfig(
             optimizer="adam",
             lr=config.lr,
-            min_lr=config.min_lr,
+            min_lr=config.final_lr,
             weight_decay=config.weight_decay,
             adam_beta1=config.adam_beta1,
             adam_beta2=config.adam_beta2,
@@ -55,7 +56,7 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
-            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+            use_distributed_optimizer=True,
         ),
         [model],
         use_gloo_process_groups=False,
@@ -70,13 +71,13 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step `step` (1 is the first): linear warm-up, then cosine to `min_lr`."""
-    assert config.min_lr is not None
+    """Learning rate of step `step` (1 is the first): linear warm-up, then a cosine."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     decay_steps = max(config.steps - config.warmup_steps, 1)
     progress = min((step - config.warmup_steps) / decay_steps, 1.0)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    final = config.final_lr
+    return final + (config.lr - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

@@ -123,12 +123,7 @@ def open_batches(
         MinitronError: the data is missing, damaged, or of another tokenizer, or a size does not
             divide.
     """
-    if topology.config.sequence_parallel and data.seq_length % topology.tp_size:
-        raise MinitronError(
-            f"data.seq_length={data.seq_length} is not divisible by "
-            f"parallel.tensor_model_parallel_size={topology.tp_size}, which "
-            "parallel.sequence_parallel splits it by; use a multiple"
-        )
+    topology.config.check_seq_length(data.seq_length)
     data = parallel.on_rank_zero(lambda: prepare_data(data, tokenizer, vocab_size=vocab_size))
     ranks = {"data_parallel_rank": topology.dp_rank, "data_parallel_size": topology.dp_size}
     batches = TrainBatches(

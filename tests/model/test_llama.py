@@ -17,7 +17,7 @@ from minitron.model.sharding import open_model, save_model
 from minitron.model.weights import INDEX_FILE, WeightWriter
 from minitron.parallel import ParallelConfig, initialize
 from tests.runs import VOCAB, build_model, load_tensors, run_on, save_gradients
-from tests.tiny import LLAMA3_ROPE, VARIANTS, random_llama, save_llama, tiny_config
+from tests.tiny import VARIANTS, random_llama, save_llama, tiny_config
 
 SHAPES = {name: {"vocab_size": VOCAB, **variant} for name, variant in VARIANTS.items()} | {
     "small vocabulary": {"vocab_size": 61},  # the first tensor-parallel rank has all of it
@@ -41,9 +41,7 @@ SHAPES = {name: {"vocab_size": VOCAB, **variant} for name, variant in VARIANTS.i
 def models(tmp_path_factory):
     """Every shape: its directory and the model that transformers saved there."""
     root = tmp_path_factory.mktemp("models")
-    return {
-        name: (root / name, save_llama(root / name, **shape)) for name, shape in SHAPES.items()
-    }
+    return {name: (root / name, save_llama(root / name, **shape)) for name, shape in SHAPES.items()}
 
 
 def _batch(vocab_size):
@@ -58,7 +56,7 @@ def _batch(vocab_size):
 
 
 def _logits_and_copies(parallel, directories, out):
-    """Logits [b, s, valid columns] of every model if this is the last stage; all are saved again."""
+    """Logits [b, s, valid columns] of every model on the last stage; all are saved again."""
     topology = initialize(parallel)
     found = {}
     for directory in directories:

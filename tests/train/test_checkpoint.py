@@ -1,27 +1,38 @@
 """A killed run goes on as if nothing had happened, on the same ranks or on others."""
 
+import os
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
+from minitron.model.llama import build_llama
+from minitron.model.sharding import open_model, save_model
+from minitron.parallel import initialize
+from minitron.train.checkpoint import (
+    TRACKER_FILE,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from minitron.train.config import TrainConfig
 from tests import runs
-from tests.runs import SEQ_LENGTH, VOCAB, Run, load_tensors, run_on, write_tokens
+from tests.runs import SEQ_LENGTH, VOCAB, Run, build_model, load_tensors, run_on, write_tokens
 from tests.tiny import save_llama
 
-STEPS = 10
 CONFIG = TrainConfig(
-    steps=STEPS,
-    lr=1e-2,
+    steps=10,
+    lr=3e-3,
     warmup_steps=2,
     adam_eps=1e-6,
     global_batch_size=4,
     micro_batch_size=1,
     checkpoint_interval=5,
-    valid_interval=0,
 )
 WITHOUT_CHECKPOINTS = replace(CONFIG, checkpoint_interval=0)
 
@@ -35,22 +46,31 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def crashed(tmp_path_factory, run):
-    """Directories of runs that died after seven steps, two more than their last checkpoint."""
+def finished(tmp_path_factory, run):
+    """Runs by topology and precision: without checkpoints, or killed after seven of ten steps."""
     directories = {}
 
-    def crash(topology, precision="fp32"):
-        if (topology, precision) not in directories:
-            out = tmp_path_factory.mktemp("crashed")
-            died = replace(run, out=out, precision=precision, crash_at=7)
-            run_on(topology, runs.train, died)
-            directories[topology, precision] = out
-        return directories[topology, precision]
+    def finish(topology, precision="fp32", *, killed=False):
+        key = topology, precision, killed
+        if key not in directories:
+            directories[key] = out = tmp_path_factory.mktemp("run")
+            this = replace(run, out=out, precision=precision, train=WITHOUT_CHECKPOINTS)
+            if killed:
+                this = replace(this, train=CONFIG, crash_at=7)
+            run_on(topology, runs.train, this)
+        return directories[key]
 
-    return crash
+    return finish
 
 
-def _steps(out):
+def resume(killed, run, out, topology, precision="fp32"):
+    """Copy a killed run and resume the copy."""
+    shutil.copytree(killed, out, dirs_exist_ok=True)
+    again = replace(run, out=out, precision=precision, train=WITHOUT_CHECKPOINTS, resume=True)
+    run_on(topology, runs.train, again)
+
+
+def step_records(out):
     records = read_metrics(out / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
 
@@ -60,27 +80,132 @@ def _steps(out):
     [("tp1", "fp32"), ("tp1", "bf16"), ("dp2", "fp32"), ("dp2", "bf16"), ("tp2 pp2", "fp32")],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    tmp_path, run, crashed, topology, precision
+    tmp_path, run, finished, topology, precision
 ):
-    whole = replace(run, out=tmp_path / "whole", train=WITHOUT_CHECKPOINTS, precision=precision)
-    run_on(topology, runs.train, whole)
-    shutil.copytree(crashed(topology, precision), tmp_path / "resumed")
-    assert [r["step"] for r in _steps(tmp_path / "resumed")] == [*range(1, 8)]
-    run_on(topology, runs.train, replace(whole, out=tmp_path / "resumed", resume=True))
-    assert _steps(tmp_path / "resumed") == _steps(tmp_path / "whole")
-    weights = [load_tensors(tmp_path / name / "model") for name in ("whole", "resumed")]
-    for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[1][name]), name
+    killed = finished(topology, precision, killed=True)
+    assert [r["step"] for r in step_records(killed)] == [*range(1, 8)]
+    # What a run that is killed while it saves leaves behind, and two strangers.
+    for name in (".iter_0000010.partial", "iter_10", "iter_0000011.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    resume(killed, run, tmp_path, topology, precision)
+
+    whole = finished(topology, precision)
+    assert step_records(tmp_path) == step_records(whole)
+    found, expected = load_tensors(tmp_path / "model"), load_tensors(whole / "model")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize(
     ("saved", "resumed"),
-    [("tp2", "tp1"), ("tp2", "pp2"), ("tp2 pp2", "tp1"), ("tp1", "tp2+sp"), ("dp2", "tp1"), ("dp2","tp2 dp2"), ("tp1", "dp2"), ("dp2", "pp2"), ("pp2 dp2", "dp2")],
+    [
+        ("tp2", "tp1"),
+        ("tp2", "pp2"),
+        ("tp1", "dp2"),
+        ("dp2", "tp1"),
+        ("tp2 pp2", "dp2"),
+        ("dp2", "tp2+sp pp2"),
+    ],
 )
-def test_a_run_goes_on_with_other_ranks(tmp_path, run, crashed, saved, resumed):
-    whole = replace(run, out=tmp_path / "whole", train=WITHOUT_CHECKPOINTS)
-    run_on(resumed, runs.train, whole)
-    shutil.copytree(crashed(saved), tmp_path / "resumed")
-    run_on(resumed, runs.train, replace(whole, out=tmp_path / "resumed", resume=True))
-    for a, b in zip(_steps(tmp_path / "resumed"), _steps(tmp_path / "whole"), strict=True):
-        print(a,b)
+def test_a_run_goes_on_with_other_ranks(tmp_path, run, finished, saved, resumed):
+    resume(finished(saved, killed=True), run, tmp_path, resumed)
+    whole = finished("tp1")
+    for ours, expected in zip(step_records(tmp_path), step_records(whole), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-5)
+    expected = load_tensors(whole / "model")
+    for name, tensor in load_tensors(tmp_path / "model").items():
+        assert (tensor - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def _export(parallel, model_dir, checkpoint, out):
+    """Write a checkpoint's weights as a model directory, into a model of no weights."""
+    topology = initialize(parallel)
+    arch, _ = open_model(model_dir)
+    model = build_llama(arch, topology, None, dtype=torch.float32)
+    step = load_checkpoint(checkpoint, model)
+    out.mkdir(exist_ok=True)
+    save_model(model, out, dtype=torch.float32, base_dir=checkpoint)
+    return step
+
+
+def test_weights_are_read_without_the_optimizer_on_any_ranks(tmp_path, run, finished):
+    checkpoint = checkpoint_path(finished("tp2", killed=True) / "checkpoints", 5)
+    exports = []
+    for topology in ("tp1", "tp2", "pp2"):
+        out = tmp_path / topology
+        assert set(run_on(topology, _export, run.model, checkpoint, out)) == {5}
+        exports.append(load_tensors(out))
+    for other in exports[1:]:
+        assert other.keys() == exports[0].keys()
+        assert all(torch.equal(tensor, exports[0][name]) for name, tensor in other.items())
+    assert exports[0].keys() == load_tensors(run.model).keys()
+    start, end = load_tensors(run.model), load_tensors(finished("tp2") / "model")
+    for name, tensor in exports[0].items():  # on its way
+        assert not torch.equal(tensor, start[name])
+        assert (tensor - start[name]).norm() < (end[name] - start[name]).norm()
+
+
+def _save_three(parallel, model_dir, directory):
+    topology = initialize(parallel)
+    model = build_model(model_dir, topology)
+    for step in (1, 2, 3):
+        save_checkpoint(directory, step, model, keep=2)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, run):
+    assert list_checkpoints(tmp_path / "absent") == []
+    run_on("tp1", _save_three, run.model, tmp_path)
+    assert list_checkpoints(tmp_path) == [2, 3]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"iter_0000002", "iter_0000003", TRACKER_FILE}
+    assert (tmp_path / TRACKER_FILE).read_text() == "3\n"
+
+
+def _load_damaged(parallel, model_dir, checkpoints):
+    """The message that each checkpoint is refused with."""
+    topology = initialize(parallel)
+    messages = {}
+    for name, path in checkpoints.items():
+        try:
+            load_checkpoint(path, build_model(model_dir, topology))
+        except MinitronError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
+    good = checkpoint_path(finished("tp1", killed=True) / "checkpoints", 5)
+    shard = min(path.name for path in good.glob("*.distcp"))
+    checkpoints = {"absent": tmp_path / "absent"}
+    for name in ("lost shard", "cut shard", "cut index", "cut common", "other model"):
+        checkpoints[name] = shutil.copytree(good, tmp_path / name)
+    (checkpoints["lost shard"] / shard).unlink()
+    os.truncate(checkpoints["cut shard"] / shard, 1000)
+    os.truncate(checkpoints["cut index"] / ".metadata", 100)
+    os.truncate(checkpoints["cut common"] / "common.pt", 100)
+    other = tmp_path / "model"
+    save_llama(other, vocab_size=VOCAB, num_hidden_layers=3, tie_word_embeddings=True)
+
+    of_other = {"other model": checkpoints.pop("other model")}
+    messages = [
+        run_on("dp2", _load_damaged, run.model, checkpoints),
+        run_on("dp2", _load_damaged, other, of_other),
+    ]
+    for ranks in messages:
+        assert ranks[0] == ranks[1]  # nobody is left waiting
+    found = messages[0][0] | messages[1][0]
+    assert found["absent"] == (
+        f"{tmp_path / 'absent'} is not a torch_dist checkpoint (it has no metadata.json)"
+    )
+    for name, reason in (
+        ("lost shard", f"FileNotFoundError: .*{shard}"),
+        ("cut shard", "EOFError"),
+        ("cut index", "pickle data was truncated"),
+        ("cut common", "RuntimeError"),
+        ("other model", r"Global shape mismatch .*\[4, 32\].* and expected \(\(3, 32\)\)"),
+    ):
+        path = (checkpoints | of_other)[name]
+        pattern = (
+            rf"{path} cannot be loaded \(.*{reason}.*\); it is damaged or of another model: .*"
+        )
+        assert re.fullmatch(pattern, found[name]), found[name]  # one line, for a dot is no newline

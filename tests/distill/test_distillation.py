@@ -1,0 +1,131 @@
+"""The distillation loss through two whole models, against plain PyTorch on one process."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minitron.distill.losses import DistillConfig, LogitDistillation
+from minitron.distill.teacher import Teacher
+from minitron.errors import MinitronError
+from minitron.metrics import read_metrics
+from minitron.model.sharding import save_model
+from minitron.parallel import initialize
+from minitron.train.config import TrainConfig
+from minitron.train.loop import Trainer
+from tests import reference
+from tests.runs import (
+    SEQ_LENGTH,
+    VOCAB,
+    Run,
+    build_model,
+    load_tensors,
+    open_batches,
+    run_on,
+    save_gradients,
+    write_tokens,
+)
+from tests.tiny import save_llama
+
+# A learning rate of zero: the gradients of one step are what is looked at.
+CONFIG = TrainConfig(
+    steps=1, lr=0.0, clip_grad=0.0, global_batch_size=4, micro_batch_size=2, checkpoint_interval=0
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    student = save_llama(root / "student", vocab_size=VOCAB, num_hidden_layers=3)
+    teacher = save_llama(
+        root / "teacher",
+        seed=1,
+        vocab_size=VOCAB,
+        hidden_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=5,
+        tie_word_embeddings=True,
+    )
+    write_tokens(root / "tokens", 12 * SEQ_LENGTH + 1)
+    return root, student, teacher
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    root, _, _ = models
+    return Run(
+        model=root / "student",
+        teacher=root / "teacher",
+        tokens=root / "tokens",
+        out=tmp_path,
+        train=CONFIG,
+    )
+
+
+def _distill(parallel, run, temperature):
+    """Distill, then write the student's gradients and the teacher's weights; state of both."""
+    topology = initialize(parallel)
+    student, teacher = build_model(run.model, topology), build_model(run.teacher, topology)
+    objective = LogitDistillation(Teacher(teacher), DistillConfig(temperature=temperature))
+    batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
+    trainer = Trainer(student, objective, batches, None, run.train, run.out)
+    trainer.run()
+    save_gradients(student, run.out / "gradients")
+    (run.out / "teacher").mkdir(exist_ok=True)
+    save_model(teacher, run.out / "teacher", dtype=torch.float32)
+    return {
+        "trainable": any(p.requires_grad for p in teacher.parameters()),
+        "gradients": any(p.grad is not None for p in teacher.parameters()),
+        "training": [teacher.training, student.training],
+    }
+
+
+@pytest.mark.parametrize(
+    ("topology", "temperature"),
+    [("tp1", 1.0), ("tp1", 1.7), ("tp2+sp", 1.7), ("tp4", 1.0), ("pp2", 0.5), ("tp2 pp2", 1.7)],
+)
+def test_loss_and_gradients(models, run, topology, temperature):
+    _, student, teacher = models
+    facts = run_on(topology, _distill, run, temperature)
+
+    batch = reference.global_batch(run, 0)
+    assert 0 < batch.loss_mask.mean() < 1
+    losses = reference.distillation_loss(student, teacher, batch, temperature)
+    expected = reference.masked_mean(losses, batch)
+    student.zero_grad()
+    expected.backward()
+    (record,) = read_metrics(run.out / "metrics.jsonl")
+    assert record["loss"] == record["kl"] == pytest.approx(expected.item(), rel=1e-5)
+    found = load_tensors(run.out / "gradients")
+    assert found.keys() == {name for name, _ in student.named_parameters()}
+    for name, parameter in student.named_parameters():
+        error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-5, name
+
+    for rank in facts:
+        assert rank == {"trainable": False, "gradients": False, "training": [False, True]}
+
+
+def test_the_teacher_stays_as_it_is(models, run):
+    root, _, _ = models
+    config = replace(CONFIG, steps=3, lr=1e-2)
+    run_on("tp2", _distill, replace(run, train=config), 1.0)
+    before, after = load_tensors(root / "teacher"), load_tensors(run.out / "teacher")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(record["grad_norm"] > 0.01 for record in read_metrics(run.out / "metrics.jsonl"))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(models, run):
+    run_on("tp2+sp", _distill, replace(run, model=run.teacher), 1.0)
+    (record,) = read_metrics(run.out / "metrics.jsonl")
+    assert abs(record["loss"]) < 1e-6
+    assert record["grad_norm"] < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    message = f"distill.temperature={temperature} must be positive"
+    with pytest.raises(MinitronError, match=re.escape(message)):
+        DistillConfig(temperature=temperature)

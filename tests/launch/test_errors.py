@@ -1,0 +1,364 @@
+"""What a user gets wrong is one line that says what, with which values, and what to change."""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import textwrap
+
+import numpy as np
+import pytest
+
+from minitron import artifact
+from minitron.data.preprocess import preprocess
+from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
+from minitron.model import hf
+from minitron.prune.scores import save_scores
+from tests.launch.launcher import Launch
+from tests.prune.scored import random_scores
+from tests.tiny import save_llama
+
+# isort: split
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+VOCAB = 61
+
+
+def write_tokens(prefix, count, *, below=VOCAB):
+    tokens = np.random.default_rng(0).integers(below, size=count)
+    tokens[-1] = below - 1
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_document(tokens, [count])
+    builder.finalize(f"{prefix}.idx")
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, forked):
+    """A directory with models, data and runs, sound and damaged."""
+    root = tmp_path_factory.mktemp("world")
+    for name, options in {"model": {}, "other": {"seed": 1}, "wide": {"vocab_size": 99}}.items():
+        save_llama(root / name, **options)
+
+    shutil.copytree(root / "model", root / "truncated")
+    weights = root / "truncated" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    shutil.copytree(root / "model", root / "flipped")
+    artifact.write_manifest(root / "flipped", stage="train", recipe={}, parents={})
+    flip_a_bit(root / "flipped" / "model.safetensors")
+    shutil.copytree(root / "model", root / "weightless")
+    (root / "weightless" / "model.safetensors").unlink()
+
+    for name, module in {"speaks_a": textwrap, "speaks_b": inspect}.items():
+        save_llama(root / name, vocab_size=350)
+        train_sentencepiece([inspect.getsource(module)], 350, root / name)
+    (root / "text.txt").write_text(inspect.getsource(textwrap))
+    preprocess([root / "text.txt"], load_tokenizer(root / "speaks_a"), root / "tokens_a")
+
+    write_tokens(root / "tokens", 400)
+    write_tokens(root / "tokens99", 400, below=99)
+    write_tokens(root / "ten", 10)
+    write_tokens(root / "cut", 400)
+    os.truncate(root / "cut.bin", 500)
+
+    (root / "scores").mkdir()
+    save_scores(root / "scores", random_scores(hf.read_architecture(root / "model")))
+    artifact.write_manifest(
+        root / "scores", stage="importance", recipe={}, parents={"model": root / "model"}
+    )
+    (root / "file").write_text("mine")
+    (root / "full").mkdir()
+    (root / "full" / "thesis.tex").write_text("years of work")
+    (root / "typo.yaml").write_text("train: {stepz: 3}")
+    (root / "broken.yaml").write_text("train: {steps: 3")
+
+    (root / "run").mkdir()
+    recipe = forked("train", *TRAIN, "--out", "run", "--print_config", cwd=root)
+    (root / "run" / "recipe.yaml").write_text(recipe.out)
+    (root / "run" / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    return root
+
+
+DATA = ("--data", "tokens", "--data.seq_length", 16)
+TRAIN = ("--model", "model", *DATA)
+EVAL = ("--model", "model", *DATA)
+DISTILL = ("--teacher", "model", "--student", "other", *DATA)
+PRUNE = ("--model", "model", "--scores", "scores")
+INIT = tuple(
+    part
+    for key, value in {
+        "hidden_size": 48,
+        "ffn_hidden_size": 48,
+        "num_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": VOCAB,
+    }.items()
+    for part in (f"--model.init.{key}", value)
+)
+
+MISTAKES = {
+    # The command line and the recipe
+    "typo in a key": ("train", (*TRAIN, "--train.stepz", 1), "stepz; did you mean train.steps?"),
+    "typo in a recipe": (
+        "train",
+        (*TRAIN, "--config", "typo.yaml"),
+        "typo.yaml: unknown key train.stepz; did you mean train.steps?",
+    ),
+    "broken recipe": ("train", ("--config", "broken.yaml"), "broken.yaml: line 1: not valid YAML"),
+    "missing recipe": ("eval", ("--config", "no.yaml"), r"no.yaml: cannot be read \(No such file"),
+    "wrong type": (
+        "train",
+        (*TRAIN, "--train.steps", "many"),
+        "train.steps=many is not valid; expected an integer",
+    ),
+    "fraction of a step": ("train", (*TRAIN, "--train.steps", 1.5), "train.steps=1.5 is not valid"),
+    "no such precision": ("eval", (*EVAL, "--precision", "fp8"), "expected one of fp32, bf16"),
+    "missing key": ("distill", ("--teacher", "model", *DATA), "--student.path is missing; give it"),
+    "key without a value": ("eval", (*EVAL, "--precision"), "--precision has no value; give"),
+    "stray argument": ("eval", (*EVAL, "fp32"), "unexpected argument fp32; give keys as --key"),
+    "negative steps": ("train", (*TRAIN, "--train.steps=-1"), "train.steps=-1 must not be neg"),
+    "negative rate": ("distill", (*DISTILL, "--train.lr=-0.1"), "train.lr=-0.1 must not be neg"),
+    "rate that is no number": ("train", (*TRAIN, "--train.lr", "nan"), "train.lr=nan is not valid"),
+    "no samples": (
+        "importance",
+        (*EVAL, "--importance.samples", 0),
+        "importance.samples=0 must be at least 1",
+    ),
+    "no model": ("train", DATA, "give either --model.path or --model.init.*; neither was given"),
+    "two models": ("train", (*TRAIN, *INIT), "--model.init.*; both were given"),
+    "nothing to prune": ("prune", PRUNE, "nothing to prune; give at least one of prune.hidden_si"),
+    # Ranks
+    "ranks do not divide": (
+        "eval",
+        (*EVAL, "--parallel.tensor_model_parallel_size", 2),
+        "1 ranks do not divide into groups of parallel.tensor_model_parallel_size=2 x "
+        "parallel.pipeline_model_parallel_size=1 = 2; start a multiple of 2 ranks",
+    ),
+    "layers do not add up": (
+        "train",
+        (*TRAIN, "--parallel.layers_per_stage", "[3]"),
+        r"layers_per_stage=\[3\] adds up to 3 layers, the model has 4",
+    ),
+    "batch does not divide": (
+        "train",
+        (*TRAIN, "--train.global_batch_size", 5, "--train.micro_batch_size", 2),
+        "train.global_batch_size=5 is not a multiple of train.micro_batch_size x data-parallel "
+        "ranks = 2 x 1 = 2; use 4 or 6",
+    ),
+    **{
+        f"{stage}: samples do not split": (
+            stage,
+            (
+                *arguments,
+                *("--data.seq_length", 15, "--parallel.sequence_parallel"),
+                *("--parallel.tensor_model_parallel_size", 2),
+            ),
+            "data.seq_length=15 is not divisible by parallel.tensor_model_parallel_size=2",
+        )
+        for stage, arguments in {"eval": EVAL, "importance": EVAL}.items()
+    },
+    # Models
+    "no model directory": ("eval", ("--model", "no", *DATA), "no is not a directory; give a Hugg"),
+    "no config": ("eval", ("--model", "full", *DATA), "full has no config.json; give a Hugging"),
+    "no weights": ("eval", ("--model", "weightless", *DATA), "has neither model.safetensors nor"),
+    "truncated weights": (
+        "eval",
+        ("--model", "truncated", *DATA),
+        "truncated/model.safetensors is not a readable safetensors file .*; copy or create it",
+    ),
+    **{
+        f"{stage}: flipped bit": (
+            stage,
+            arguments,
+            "flipped/model.safetensors does not match its SHA-256 in manifest.json; the file is",
+        )
+        for stage, arguments in {
+            "eval": ("--model", "flipped", *DATA),
+            "train": ("--model", "flipped", *DATA),
+            "distill": ("--teacher", "flipped", "--student", "model", *DATA),
+            "prune": ("--model", "flipped", "--prune.drop_layers", 1),
+            "convert": ("--model", "flipped"),
+        }.items()
+    },
+    "other vocabulary": (
+        "distill",
+        ("--teacher", "model", "--student", "wide", *DATA),
+        "the teacher's vocabulary has 61 tokens, the student's 99; .* give a student pruned from",
+    ),
+    "other tokenizer": (
+        "distill",
+        ("--teacher", "speaks_a", "--student", "speaks_b", "--data", "tokens_a"),
+        r"the tokenizers differ: speaks_a/tokenizer.model \(\w{16}\) and speaks_b/tokenizer.model",
+    ),
+    "scores of another model": (
+        "prune",
+        ("--model", "other", "--scores", "scores", "--prune.num_layers", 2),
+        r"scores belong to another model: scores was measured on .*/model \(\w{16}\), not on other",
+    ),
+    "no scores": (
+        "prune",
+        ("--model", "model", "--prune.num_layers", 2),
+        "needs importance scores; give --scores.path .* or --data.path",
+    ),
+    "layer that is not there": (
+        "prune",
+        ("--model", "model", "--prune.drop_layers", 5),
+        "names layer 5; the model has layers 1 to 4, counted from 1",
+    ),
+    "heads that do not group": (
+        "prune",
+        (*PRUNE, "--prune.num_attention_heads", 3),
+        "prune.num_attention_heads=3 is not a multiple of the model's 2 .*; choose 2 or 4",
+    ),
+    # Data
+    "no data": ("train", ("--model", "model", "--data", "no"), "no does not exist; data is a .txt"),
+    "no tokenizer file": (
+        "train",
+        (*TRAIN, "--tokenizer", "no.model"),
+        "tokenizer no.model does not exist; give a directory",
+    ),
+    "text without a tokenizer": (
+        "eval",
+        ("--model", "model", "--data", "text.txt"),
+        "text.txt is text, but there is no tokenizer to encode it; give a model directory",
+    ),
+    "tokens of another tokenizer": (
+        "eval",
+        ("--model", "speaks_b", "--data", "tokens_a"),
+        r"tokens_a.bin was tokenised with .*speaks_a/tokenizer.model \(\w+\), but .* speaks_b/tok",
+    ),
+    "token outside the vocabulary": (
+        "train",
+        ("--model", "model", "--data", "tokens99", "--data.seq_length", 16),
+        r"tokens99.bin: token \d+, in document 0 .*, has id \d\d, but the vocabulary has 61; token",
+    ),
+    "validation token outside the vocabulary": (
+        "train",
+        (*TRAIN, "--data.valid_path", "tokens99"),
+        "tokens99.bin: token .* but the vocabulary has 61",
+    ),
+    "too little data": (
+        "train",
+        ("--model", "model", "--data", "ten", "--data.seq_length", 16),
+        r"ten.bin has 10 tokens, but a sample of data.seq_length=16 takes 16 \+ 1; give more text",
+    ),
+    "data cut short": (
+        "importance",
+        ("--model", "model", "--data", "cut"),
+        "cut.bin has 500 bytes, but cut.idx describes 400 tokens of 2 bytes = 800; the files do",
+    ),
+    "weights for data read in order": (
+        "eval",
+        ("--model", "model", "--data", "0.5:tokens"),
+        "data.path=0.5:tokens has a weight, but this data is read in order",
+    ),
+    "weights for some data": (
+        "train",
+        (*TRAIN, "--data", "0.5:tokens"),
+        r"data.path=\['tokens', '0.5:tokens'\] has weights for some paths only; write all as",
+    ),
+    # Runs and checkpoints
+    "resumed with another recipe": (
+        "train",
+        (*TRAIN, "--train.lr", 0.5, "--out", "run", "--resume"),
+        "with another recipe than run/recipe.yaml: train.lr: 0.0001 -> 0.5; "
+        "take the old values or another --out",
+    ),
+    "step without a checkpoint": (
+        "export",
+        ("--run", "run", "--run.step", 3),
+        "run/checkpoints does not hold a checkpoint of step 3; it has 5",
+    ),
+    "no run": ("export", ("--run", "no"), "no is not a directory; give the --out of a training"),
+    "no checkpoint": (
+        "convert",
+        ("--model", "model", "--checkpoint", "other"),
+        "other is not a torch_dist checkpoint",
+    ),
+    "nothing to report": ("report", ("full", "--out", "out.html"), "full is not a run directory"),
+    # Output
+    "output that is a file": ("eval", (*EVAL, "--out", "file"), "--out file is a file; give a dir"),
+    "output below a file": (
+        "train",
+        (*TRAIN, "--out", "file/sub"),
+        "--out file/sub cannot be created: .*/file is a file; choose another",
+    ),
+    "output that is here": ("eval", (*EVAL, "--out", "."), "--out . is the working directory"),
+    "output over a run": (
+        "train",
+        (*TRAIN, "--out", "run"),
+        r"--out run is not empty \(it holds checkpoints and 1 more\); choose another directory or",
+    ),
+    "output over foreign files": (
+        "importance",
+        (*EVAL, "--out", "full", "--overwrite"),
+        "--overwrite would delete full, which minitron did not write",
+    ),
+    "output over the input": (
+        "export",
+        ("--run", "run", "--out", "run", "--overwrite"),
+        "--overwrite would delete run, but this stage reads run; choose another directory",
+    ),
+}
+
+
+def is_log(line):
+    return re.match(r"\d\d:\d\d:\d\d ", line)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake, world, forked):
+    stage, arguments, message = MISTAKES[mistake]
+    out = () if "--out" in arguments else ("--out", "out")
+    before = sorted(world.rglob("*"))
+    result = forked(stage, *arguments, *out, cwd=world)
+    assert result.status == 2, result
+    lines = [line for line in result.err.splitlines() if not is_log(line)]
+    assert len(lines) == 1, result.err
+    assert re.match(f"error: .*{message}", lines[0]), lines[0]
+    assert "wrote" not in result.out
+    assert sorted(world.rglob("*")) == before  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        (
+            "train",
+            (*INIT, *DATA, "--parallel.tensor_model_parallel_size", 2),
+            "num_attention_heads=3 is not divisible by parallel.tensor_model_parallel_size=2; "
+            "use 1 or 3",
+        ),
+        # Found by the first rank alone, while the other waits for it
+        ("eval", ("--model", "flipped", *DATA), "flipped/model.safetensors does not match its SHA"),
+    ],
+)
+def test_a_mistake_on_two_ranks_is_one_line_and_ends_both(stage, arguments, message, world):
+    result = Launch(stage, *arguments, "--out", "out", cwd=world, ranks=2).wait(60)
+    assert result.status != 0
+    ours, elastic, report = result.err.partition("torch/distributed/elastic")
+    assert result.err.count("error: ") == ours.count(f"error: {message}") == 1
+    assert "Traceback" not in ours
+    assert elastic
+    assert "exitcode  : 2" in report
+    assert not (world / "out").exists()
+
+
+def test_a_recipe_that_changed_nothing_is_resumed(world, forked):
+    """The counterpart of a refusal above: what may differ between attempts does not count."""
+    arguments = (*TRAIN, "--train.steps", 1, "--train.checkpoint_interval", 0, "--train.lr", 1e-6)
+    assert forked("train", *arguments, "--out", "again", cwd=world).status == 0
+    more = ("--train.micro_batch_size", 2, "--train.valid_interval", 7, "--resume")
+    result = forked("train", *arguments, *more, "--out", "again", cwd=world)
+    assert result.status == 0, result.err
+    lines = (world / "again" / "metrics.jsonl").read_text().splitlines()
+    (record,) = map(json.loads, lines)
+    assert record["step"] == 1
+    assert record["lr"] == pytest.approx(1e-7)  # a tenth of what was given, not of the default
+    shutil.rmtree(world / "again")

@@ -1,0 +1,152 @@
+"""A run's directory: refused, replaced or taken over, and complete once it has a manifest."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from minitron import artifact, config
+from minitron.errors import MinitronError
+from minitron.parallel import ParallelConfig, initialize
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.config import TrainConfig
+from minitron.train.run import finish_run, open_run
+from tests.runs import build_model, load_tensors, run_on
+from tests.tiny import save_llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every recipe of a training stage has."""
+
+    out: Path
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 1
+    overwrite: bool = False
+    resume: bool = False
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return Recipe(out=tmp_path / "runs" / "first")
+
+
+def _attempt(recipe):
+    """A first attempt at a run, with something in its directory."""
+    open_run(recipe)
+    (recipe.out / "metrics.jsonl").write_text("{}\n")
+
+
+def _files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_new_run_saves_its_recipe(recipe):
+    open_run(recipe)
+    assert _files(recipe.out) == ["recipe.yaml"]
+    saved = yaml.safe_load((recipe.out / "recipe.yaml").read_text())
+    assert saved == config.to_dict(recipe)
+    assert saved["train"]["lr"] == recipe.train.lr
+
+
+def test_a_directory_that_is_not_empty_is_refused(recipe):
+    _attempt(recipe)
+    with pytest.raises(MinitronError, match=r"first is not empty \(.*\); choose .* --overwrite"):
+        open_run(replace(recipe, seed=2))
+    assert _files(recipe.out) == ["metrics.jsonl", "recipe.yaml"]
+    assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 1
+
+
+def test_overwriting_begins_anew(recipe):
+    _attempt(recipe)
+    open_run(replace(recipe, seed=2, overwrite=True))
+    assert _files(recipe.out) == ["recipe.yaml"]
+    assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 2
+
+
+def test_overwriting_spares_what_minitron_did_not_write(recipe):
+    recipe.out.mkdir(parents=True)
+    (recipe.out / "thesis.tex").write_text("x")
+    with pytest.raises(
+        MinitronError, match=r"--overwrite would delete .*first, which minitron did"
+    ):
+        open_run(replace(recipe, overwrite=True))
+    assert _files(recipe.out) == ["thesis.tex"]
+
+
+def test_resuming_takes_the_directory_over(recipe):
+    _attempt(recipe)
+    (recipe.out / "manifest.json").write_text("{}")  # no longer complete
+    elsewhere = replace(
+        recipe,
+        resume=True,
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        train=replace(recipe.train, micro_batch_size=2, checkpoint_interval=7, recompute="full"),
+    )
+    open_run(elsewhere)
+    assert _files(recipe.out) == ["metrics.jsonl", "recipe.yaml"]
+    assert yaml.safe_load((recipe.out / "recipe.yaml").read_text()) == config.to_dict(elsewhere)
+
+
+def test_resuming_what_was_never_begun_begins_it(recipe):
+    open_run(replace(recipe, resume=True))
+    assert _files(recipe.out) == ["recipe.yaml"]
+
+
+def test_resuming_another_recipe_is_refused(recipe):
+    _attempt(recipe)
+    other = replace(recipe, resume=True, seed=2, train=replace(recipe.train, steps=7))
+    with pytest.raises(MinitronError) as caught:
+        open_run(other)
+    assert str(caught.value) == (
+        f"--resume would continue a run with another recipe than {recipe.out / 'recipe.yaml'}: "
+        "seed: 1 -> 2; train.steps: 100 -> 7; take the old values or another --out"
+    )
+    assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 1
+
+
+def _finish(parallel, recipe, model_dir):
+    topology = initialize(parallel)
+    model = build_model(model_dir, topology)
+    open_run(recipe)
+    finish_run(
+        recipe,
+        model,
+        stage="train",
+        parents={"model": model_dir},
+        metrics={"val_loss": 1.5},
+        files=ModelFiles(dtype=torch.float32, base_dir=model_dir, tokenizer=None),
+    )
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2 dp2"])
+def test_a_finished_run_is_a_model_directory(tmp_path, recipe, topology):
+    model = save_llama(tmp_path / "model", eos_token_id=7)
+    (tmp_path / "model" / "tokenizer.json").write_bytes(b"\x00tokens")
+    run_on(topology, _finish, recipe, tmp_path / "model")
+    assert set(_files(recipe.out)) >= {
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "tokenizer.json",
+    }
+    assert not [name for name in _files(recipe.out) if "partial" in name]
+    assert (recipe.out / "tokenizer.json").read_bytes() == b"\x00tokens"
+    expected = load_tensors(tmp_path / "model")
+    found = load_tensors(recipe.out)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+    artifact.verify(recipe.out)
+    manifest = artifact.read_manifest(recipe.out)
+    assert manifest["stage"] == "train"
+    assert manifest["recipe"] == config.to_dict(recipe)
+    assert manifest["parents"]["model"]["fingerprint"] == artifact.fingerprint(tmp_path / "model")
+    assert manifest["metrics"] == {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "val_loss": 1.5,
+    }
