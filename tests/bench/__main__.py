@@ -23,7 +23,7 @@ import torch
 
 from tests.bench.runner import measure
 
-OPS = ("logit_kl",)
+OPS = ("logit_kl", "activation_stats", "block_cosine")
 WARM_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
