@@ -23,6 +23,7 @@ offset loses the KL in rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from minitron.ops import logit_kl_reference as reference
 from minitron.ops.library import define
-from minitron.ops.vocab_parallel import accumulation_dtype, gather_statistics
+from minitron.ops.vocab_parallel import accumulation_dtype, gather_statistics, start_gathering
 
 Destination = Literal["new", "student", "teacher"]
 
@@ -207,18 +208,71 @@ def logit_losses_and_gradient(
     Returns:
         Losses [4, tokens] (of those not asked for, undefined) and the gradient [tokens, v/t].
     """
-    destination = torch.empty_like(student) if destination is None else destination
+    return start_logit_losses(
+        student,
+        teacher,
+        weights,
+        valid_columns=valid_columns,
+        labels=labels,
+        mask=mask,
+        reverse=reverse,
+        temperature=temperature,
+        destination=torch.empty_like(student) if destination is None else destination,
+        tp_group=tp_group,
+    )()
+
+
+def start_logit_losses(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    *,
+    valid_columns: int,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    destination: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Begin `logit_losses_and_gradient`: all up to the collective, which goes on in the background.
+
+    Args:
+        student: as there, like all that is not named here.
+        teacher: as there.
+        weights: as there; None for the losses alone.
+        valid_columns: as there.
+        labels: as there.
+        mask: as there.
+        reverse: as there.
+        temperature: as there.
+        destination: as there, but None for the student's logits.
+        tp_group: as there.
+
+    Returns:
+        What ends it: to be called once, returns the losses and `destination`.
+    """
+    destination = student if destination is None else destination
     options = (temperature, reverse, labels is not None)
-    if tp_group is None or tp_group.size() == 1:
-        statistics = _fused(
+    rank, size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+    if size == 1 and weights is not None:
+        fused = _fused(
             student, teacher, labels, mask, weights, valid_columns, *options, destination
         )
-        return _merge(statistics.unsqueeze(0), mask, temperature)[0], destination
-    columns = (valid_columns, tp_group.rank() * student.size(1))
-    statistics = _statistics(student, teacher, labels, mask, *columns, *options)
-    losses, merged = _merge(gather_statistics(statistics, tp_group), mask, temperature)
-    _gradient(student, teacher, labels, mask, merged, weights, *columns, *options, destination)
-    return losses, destination
+        return lambda: (_merge(fused.unsqueeze(0), mask, temperature)[0], destination)
+    columns = (valid_columns, rank * student.size(1))
+    wait = start_gathering(
+        _statistics(student, teacher, labels, mask, *columns, *options), tp_group
+    )
+
+    def finish() -> tuple[Tensor, Tensor]:
+        losses, merged = _merge(wait(), mask, temperature)
+        if weights is not None:
+            rows = (student, teacher, labels, mask)
+            _gradient(*rows, merged, weights, *columns, *options, destination)
+        return losses, destination
+
+    return finish
 
 
 class _LogitLosses(torch.autograd.Function):
