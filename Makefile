@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench lint clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +24,9 @@ demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 8
 test: .venv/.dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+bench: .venv/.dev ## Time the kernels against PyTorch, about 15 minutes; writes docs/results
+	$(BIN)/python -m tests.bench
+
 lint: .venv/.dev ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,13 +38,14 @@ clean: ## Remove builds, caches and the demo's output, but not .venv
 
 # The stamps repeat an installation when what it depends on has changed.
 .venv/.dev: .venv/.runtime
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# torch first: with it in place nothing else resolves to another build of it.
-.venv/.runtime: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(INSTALL) torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(INSTALL) --editable '.[plot]'
+# torch first: with it in place nothing else resolves to another build of it, and the kernels of
+# csrc/ are built for it.
+.venv/.runtime: pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(BIN)/python
+	$(INSTALL) torch setuptools $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(INSTALL) --no-build-isolation --editable '.[plot]'
 	touch $@
 
 $(BIN)/python:

@@ -33,6 +33,8 @@ from minitron.metrics import log, progress
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.sharding import open_model
+from minitron.ops.activation_stats import activation_stats
+from minitron.ops.block_cosine import block_cosine
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.platform import Precision
 from minitron.prune.scores import ImportanceScores, check_scores
@@ -213,21 +215,20 @@ class _Collector:
         return ((sums / self._seq_length).square() * self._valid[:, None]).sum(-2)
 
     def _see_norm(self, x: Tensor) -> None:  # [s, b, h], [s/t, b, h] under sequence parallelism
-        self._norm_sums.append(x.abs().sum(0, dtype=torch.float64))
+        self._norm_sums.append(activation_stats(x).abs_sum)
 
     def _see_neurons(self, layer: int, x: Tensor) -> None:  # [s, b, f/t]
-        self._ffn[layer] += self._squares(x.abs().sum(0, dtype=torch.float64))
+        self._ffn[layer] += self._squares(activation_stats(x).abs_sum)
 
     def _see_heads(self, layer: int, x: Tensor) -> None:  # [s, b, n/t * d]
-        heads = x.float().unflatten(-1, (-1, self._model.arch.kv_channels))
-        norms = torch.linalg.vector_norm(heads, dim=-1)  # [s, b, n/t]
-        self._heads[layer] += self._squares(norms.sum(0, dtype=torch.float64))
+        norms = activation_stats(x, group=self._model.arch.kv_channels)
+        self._heads[layer] += self._squares(norms.abs_sum)
 
     def _see_layer(
         self, layer: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
         before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cosine = torch.cosine_similarity(before.float(), output[0].float(), dim=-1)  # [s, b]
+        cosine = block_cosine(before, output[0])  # [s, b]
         tokens = self._valid.expand_as(cosine)
         self._blocks[layer, 0] += (cosine * tokens).sum()
         self._blocks[layer, 1] += tokens.sum()

@@ -1,0 +1,148 @@
+"""`python -m tests.bench`: the whole table to stdout, docs/results/ and JSON beside it.
+
+Every op runs in a process of its own, once with glibc's default allocator, which gives large
+tensors back to the system and pays page faults for them again each time, and once with a warm heap,
+which is what a long training run has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.bench.runner import measure
+
+OPS = ("logit_kl", "activation_stats", "block_cosine")
+WARM_HEAP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+}
+ALLOCATORS = {"warm": WARM_HEAP, "default": {}}
+
+
+def main() -> None:
+    """Run the benches asked for and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", choices=[[], *OPS], help="default: all")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--allocator", choices=list(ALLOCATORS), action="append")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--child", choices=OPS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child:
+        for case in importlib.import_module(f"tests.bench.{args.child}").cases():
+            rows = [dataclasses.asdict(row) for row in measure(case, rounds=args.rounds)]
+            print(json.dumps(rows), flush=True)
+        return
+    results: list[dict[str, Any]] = []
+    for op in args.ops or OPS:
+        for allocator in args.allocator or ALLOCATORS:
+            for row in _child(op, allocator, args):
+                results.append({"allocator": allocator, **row})
+                print(_line(results[-1]), flush=True)
+    _write(args.out, results, args)
+
+
+def _child(op: str, allocator: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.bench", "--child", op]
+    command += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
+    environment = {**os.environ, **ALLOCATORS[allocator]}
+    output = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    return [row for line in output.splitlines() for row in json.loads(line)]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    bandwidth = f"{row['gb_per_s']:.0f}" if row["gb_per_s"] else ""
+    share = f"{row['share_of_copy']:.0%}" if row["share_of_copy"] else ""
+    target = ""
+    if row["target"]:
+        met = all(
+            row[key] >= wanted
+            for key, wanted in zip(("over_eager", "over_compile"), row["target"], strict=True)
+        )
+        target = f"{row['target'][0]:g} / {row['target'][1]:g} {'met' if met else 'missed'}"
+    return [
+        row["op"],
+        row["shape"],
+        row["dtype"],
+        row["allocator"],
+        row["variant"],
+        f"{row['median_ms']:.2f}",
+        f"{row['best_ms']:.2f}",
+        f"{row['over_eager']:.1f}",
+        f"{row['over_compile']:.1f}",
+        target,
+        bandwidth,
+        share,
+    ]
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(_cells(row)) + " |"
+
+
+_HEADER = (
+    "| op | shape | dtype | heap | variant | median ms | best ms | × eager | × compile |"
+    " target | GB/s | of copy |\n" + "|---" * 12 + "|"
+)
+
+
+def _write(directory: Path, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _processor(),
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "kernels_cpu.json").write_text(
+        json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
+    )
+    described = ", ".join(f"{key} {value}" for key, value in machine.items())
+    table = "\n".join([_HEADER, *map(_line, results)])
+    (directory / "kernels_cpu.md").write_text(_PAGE.format(described=described, table=table))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+_PAGE = """# Kernels on a CPU
+
+Written by `make bench`; the same numbers as JSON are in kernels_cpu.json. Variants of a case run in
+turn and a time is the median of the rounds, so ratios hold on a busy machine, milliseconds do not.
+"GB/s" is what the variant must move at least, divided by its time; "of copy" compares that with
+a copy measured in the same rounds.
+
+No kernel has run on a GPU yet; there are no GPU numbers.
+
+{described}
+
+{table}
+"""
+
+
+if __name__ == "__main__":
+    main()
