@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron import artifact, config
 from minitron.data.batches import DataConfig
+from minitron.model import hf
 from minitron.parallel import ParallelConfig, on_rank_zero
 from minitron.platform import Precision
-from minitron.prune.importance import ImportanceConfig, measure_importance
-from minitron.prune.scores import save_scores
+from minitron.prune.ablation import AblationConfig, measure_depth
+from minitron.prune.depth import depth_table, save_depth
+from minitron.prune.depth_plot import plot_depth
+from minitron.prune.importance import ImportanceConfig, collect_importance, open_calibration
+from minitron.prune.scores import check_scores, save_scores
 from minitron.stage import run
 
 
@@ -24,8 +29,9 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Score every embedding channel, MLP neuron, attention head and layer of a model, in one
-    forward-only pass. One score file serves any number of prunings.
+    """Score every embedding channel, MLP neuron, query head, key/value head and layer of a model,
+    in one forward-only pass. One score file holds all nine aggregations and serves any number of
+    prunings.
     """
 
     model: ModelSource
@@ -36,6 +42,8 @@ class Recipe:
     """Directory of the scores."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """Samples and their batches."""
+    depth: AblationConfig = field(default_factory=AblationConfig)
+    """Layers to leave out on trial; nothing unless asked for."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share the work; the scores are the same for all."""
     precision: Precision = "fp32"
@@ -49,24 +57,35 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
-    scores = measure_importance(
+    recipe.depth.check(hf.read_architecture(recipe.model.path).num_layers)
+    model, batches, calibration = open_calibration(
         recipe.model.path,
         data=recipe.data,
         importance=recipe.importance,
         parallel=recipe.parallel,
         precision=recipe.precision,
     )
+    measured = collect_importance(model, batches)
+    check_scores(measured.scores(), model.arch)
+    depth = None if recipe.depth.is_empty else measure_depth(model, batches, recipe.depth)
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
-            save_scores(directory, scores)
+            save_scores(directory, measured)
+            if depth is not None:
+                save_depth(directory, depth)
+            plot_depth(directory, measured.block_influence, depth)
             artifact.write_manifest(
                 directory,
                 stage="importance",
                 recipe=config.to_dict(recipe),
                 parents={"model": recipe.model.path},
-                metrics={"block_influence": scores.block_influence.tolist()},
+                metrics={
+                    "calibration": dataclasses.asdict(calibration),
+                    "block_influence": measured.block_influence.tolist(),
+                },
             )
+        print(depth_table(measured.block_influence, depth), flush=True)
 
     on_rank_zero(write)
 

@@ -1,7 +1,8 @@
-"""Prune a Llama to a smaller shape: fewer layers, channels, neurons or heads."""
+"""Prune a Llama to a smaller shape: fewer layers, channels, neurons, query or key/value heads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,15 +13,12 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.parallel import ParallelConfig, is_rank_zero
 from minitron.platform import Precision
+from minitron.prune.baselines import baseline_scores
+from minitron.prune.depth import load_depth, ranked_layers
 from minitron.prune.importance import ImportanceConfig, measure_importance
-from minitron.prune.pruning import (
-    PruneConfig,
-    comparison,
-    needs_scores,
-    plan_pruning,
-    prune_model,
-)
+from minitron.prune.pruning import comparison, needs_scores, plan_pruning, prune_model
 from minitron.prune.scores import ImportanceScores, check_origin, load_scores
+from minitron.prune.target import PruneConfig
 from minitron.stage import run
 
 
@@ -37,7 +35,8 @@ class ScoresSource:
     """Importance scores of that model."""
 
     path: Path | None = None
-    """Directory that launch/importance.py wrote; without it, scores are measured on `data`."""
+    """Directory that launch/importance.py wrote; without it, scores are measured on `data`. Read
+    only where prune.method is activation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +65,54 @@ class Recipe:
     precision: Precision = "fp32"
     """Precision of the measurement; the weights keep the dtype they have."""
     seed: int = 1234
-    """Accepted as by every stage; nothing here is random."""
+    """Of prune.method=random; nothing else here is random."""
 
 
 def main(recipe: Recipe) -> None:
     """Rank, slice, and write the smaller model."""
     source = hf.read_architecture(recipe.model.path)
     target = recipe.prune.target(source)
-    ranked = needs_scores(source, target, recipe.prune.drop_layers)
-    if not is_rank_zero() and not (ranked and recipe.scores.path is None):
+    drop_layers = _drop_layers(recipe, source, target)
+    ranked = needs_scores(source, target, drop_layers)
+    measures = ranked and recipe.scores.path is None and recipe.prune.method == "activation"
+    if not is_rank_zero() and not measures:
         return  # nothing to measure together
     inputs = [recipe.model.path, recipe.scores.path]
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs)
     scores = _scores(recipe) if ranked else None
     if is_rank_zero():
-        _write(recipe, source, target, scores)
+        _write(recipe, source, target, scores, drop_layers)
+
+
+def _drop_layers(
+    recipe: Recipe, source: Architecture, target: Architecture
+) -> Sequence[int] | None:
+    """The layers that the recipe names or that trials beside its scores rank lowest, if either."""
+    prune = recipe.prune
+    count = source.num_layers - target.num_layers
+    if prune.drop_layers or prune.layer_ranking == "block_influence" or not count:
+        return prune.drop_layers
+    path = recipe.scores.path
+    if path is None:
+        raise MinitronError(
+            f"prune.layer_ranking={prune.layer_ranking} needs --scores.path, a directory that "
+            "launch/importance.py wrote with --depth.layers, --depth.windows or --depth.greedy"
+        )
+    depth = load_depth(path)
+    check_origin(path, recipe.model.path)
+    return ranked_layers(depth, prune.layer_ranking, count)
 
 
 def _scores(recipe: Recipe) -> ImportanceScores:
     """The scores that the recipe names, or new ones, measured by all ranks."""
+    if recipe.prune.method != "activation":
+        arch = hf.read_architecture(recipe.model.path)
+        weights = hf.open_weights(recipe.model.path, arch)
+        return baseline_scores(recipe.prune.method, arch, weights, seed=recipe.seed)
     path = recipe.scores.path
+    aggregation = recipe.prune.batch_aggregation, recipe.prune.sequence_aggregation
     if path is not None:
-        scores = load_scores(path)
+        scores = load_scores(path).scores(*aggregation)
         artifact.verify(path if path.is_dir() else path.parent)
         check_origin(path, recipe.model.path)
         return scores
@@ -96,22 +121,37 @@ def _scores(recipe: Recipe) -> ImportanceScores:
             "pruning to this shape needs importance scores; give --scores.path (a directory that "
             "launch/importance.py wrote) or --data.path to measure them now"
         )
-    return measure_importance(
+    measured, _ = measure_importance(
         recipe.model.path,
         data=recipe.data,
         importance=recipe.importance,
         parallel=recipe.parallel,
         precision=recipe.precision,
     )
+    return measured.scores(*aggregation)
 
 
 def _write(
-    recipe: Recipe, source: Architecture, target: Architecture, scores: ImportanceScores | None
+    recipe: Recipe,
+    source: Architecture,
+    target: Architecture,
+    scores: ImportanceScores | None,
+    drop_layers: Sequence[int] | None,
 ) -> None:
-    plan = plan_pruning(source, target, scores, recipe.prune.drop_layers)
+    plan = plan_pruning(
+        source,
+        target,
+        scores,
+        drop_layers,
+        head_ranking=recipe.prune.head_ranking,
+        group_reduction=recipe.prune.group_reduction,
+        merge_heads=recipe.prune.merge_heads,
+    )
+    for line in recipe.prune.arithmetic(source):
+        print(line)
     print(comparison(source, target), flush=True)
     parents = {"model": recipe.model.path}
-    if scores is not None and recipe.scores.path is not None:
+    if scores is not None and recipe.prune.method == "activation" and recipe.scores.path:
         parents["scores"] = recipe.scores.path
     with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
         prune_model(recipe.model.path, directory, plan)

@@ -3,16 +3,57 @@
 Layers are dropped whole and the rest is renumbered in its old order. Users count layers from 1, as
 the Minitron papers do (dropping 16 to 31 of 32 keeps the first fifteen and the last); code counts
 from 0. `kept_layers` is the step from one to the other.
+
+Block influence comes with every score file. `depth.json` beside it holds what was found by leaving
+layers out (`minitron.prune.ablation`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
+from minitron import artifact, metrics
 from minitron.errors import MinitronError
 from minitron.prune.scores import top_indices
+
+DEPTH_FILE = "depth.json"
+
+DepthCriterion = Literal["lm_loss", "logit_distance"]
+LayerRanking = Literal["block_influence", "lm_loss", "logit_distance", "window", "greedy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """A model without some of its layers."""
+
+    drop_layers: list[int]
+    """The layers that were left out, counted from 1, in the order in which they went."""
+    lm_loss: float
+    """Language-model loss in nats per token."""
+    logit_distance: float
+    """Squared distance of the logits from the whole model's, over the squares of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthScores:
+    """What was found by leaving layers out; lists are empty where it was not tried."""
+
+    samples: int
+    """Calibration samples of every trial."""
+    lm_loss: float
+    """Of the whole model."""
+    layers: list[Ablation]
+    """Without each layer by itself."""
+    windows: list[Ablation]
+    """Without each run of neighbouring layers."""
+    greedy: list[Ablation]
+    """Without one more layer each time."""
 
 
 def layers_to_drop(block_influence: Tensor, num_layers: int) -> tuple[int, ...]:
@@ -34,6 +75,101 @@ def layers_to_drop(block_influence: Tensor, num_layers: int) -> tuple[int, ...]:
         raise MinitronError(f"cannot keep {num_layers} of {total} layers; keep 1 to {total}")
     kept = set(top_indices(block_influence, num_layers).tolist())
     return tuple(layer + 1 for layer in range(total) if layer not in kept)
+
+
+def ranked_layers(depth: DepthScores, ranking: LayerRanking, count: int) -> tuple[int, ...]:
+    """The `count` layers to drop by trial, counted from 1.
+
+    `lm_loss` and `logit_distance` take the layers whose absence alone costs least, `window` the run
+    of neighbours with the lowest loss, `greedy` what the greedy search took first.
+
+    Raises:
+        MinitronError: this was not tried.
+    """
+    if ranking in ("lm_loss", "logit_distance") and depth.layers:
+        # Of equals the later layer goes.
+        order = sorted(
+            depth.layers, key=lambda trial: (getattr(trial, ranking), -trial.drop_layers[0])
+        )
+        return tuple(sorted(trial.drop_layers[0] for trial in order[:count]))
+    windows = [trial for trial in depth.windows if len(trial.drop_layers) == count]
+    if ranking == "window" and windows:
+        return tuple(min(windows, key=lambda trial: trial.lm_loss).drop_layers)
+    if ranking == "greedy" and len(depth.greedy) >= count:
+        return tuple(sorted(depth.greedy[count - 1].drop_layers))
+    option = {"window": f"windows {count}", "greedy": f"greedy {count}"}.get(ranking, "layers")
+    raise MinitronError(
+        f"prune.layer_ranking={ranking} needs trials that these scores do not hold; run "
+        f"launch/importance.py with --depth.{option}"
+    )
+
+
+def depth_table(block_influence: Tensor, depth: DepthScores | None) -> str:
+    """Every metric of every layer; then the best windows, and the steps of the greedy search."""
+    headers = ["layer", "block influence"]
+    rows: list[list[object]] = [[i, x] for i, x in enumerate(block_influence.tolist(), start=1)]
+    if depth is None:
+        return metrics.format_table(headers, rows)
+    if depth.layers:
+        headers += ["lm loss without it", "increase", "logit distance"]
+        for row, trial in zip(rows, depth.layers, strict=True):
+            row += [trial.lm_loss, trial.lm_loss - depth.lm_loss, trial.logit_distance]
+    tables = [metrics.format_table(headers, rows)]
+    lengths = sorted({len(trial.drop_layers) for trial in depth.windows})
+    best = [
+        min((t for t in depth.windows if len(t.drop_layers) == n), key=lambda t: t.lm_loss)
+        for n in lengths
+    ]
+    for title, trials in (("best window", best), ("greedy", depth.greedy)):
+        if trials:
+            found = [
+                [_range(t.drop_layers), t.lm_loss, t.lm_loss - depth.lm_loss, t.logit_distance]
+                for t in trials
+            ]
+            tables.append(
+                metrics.format_table((title, "lm loss", "increase", "logit distance"), found)
+            )
+    return "\n\n".join(tables)
+
+
+def _range(layers: Sequence[int]) -> str:
+    """Layers as a user reads them: 16-31, or in the order in which they went."""
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def save_depth(directory: Path, depth: DepthScores) -> None:
+    """Write `depth.json` into an existing directory."""
+    artifact.write_json(directory / DEPTH_FILE, dataclasses.asdict(depth))
+
+
+def load_depth(scores_path: Path) -> DepthScores:
+    """Read the `depth.json` beside a score file.
+
+    Raises:
+        MinitronError: it is missing or damaged.
+    """
+    directory = scores_path if scores_path.is_dir() else scores_path.parent
+    file = directory / DEPTH_FILE
+    if not file.exists():
+        raise MinitronError(
+            f"{file} does not exist; run launch/importance.py with --depth.layers, "
+            "--depth.windows or --depth.greedy"
+        )
+    values = artifact.read_json(file)
+    try:
+        return DepthScores(
+            samples=values["samples"],
+            lm_loss=values["lm_loss"],
+            layers=[Ablation(**trial) for trial in values["layers"]],
+            windows=[Ablation(**trial) for trial in values["windows"]],
+            greedy=[Ablation(**trial) for trial in values["greedy"]],
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise MinitronError(
+            f"{file} is not what launch/importance.py writes ({error}); measure again"
+        ) from None
 
 
 def kept_layers(num_layers: int, drop_layers: Sequence[int]) -> tuple[int, ...]:

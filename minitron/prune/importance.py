@@ -1,15 +1,19 @@
 """Importance of every axis from one forward-only pass over calibration data.
 
-    embedding channels  |output of both layer norms|   mean over the sequence, L2 over samples
-    MLP neurons         |input of linear_fc2|          mean over the sequence, L2 over samples
-    attention heads     ‖output of a head‖₂            mean over the sequence, L2 over samples
-    layers              1 − cos(input, output)         mean over all tokens
+    embedding channels  output of both layer norms of a layer, whose scores are added
+    MLP neurons         input of linear_fc2
+    attention heads     ‖output of a head‖₂
+    key/value heads     ‖outputs of the query heads that share it‖₂
+    layers              1 − cos(input, output), mean over all tokens
 
-The mean over a sample's sequence is squared and then added over samples, so ranks only ever add up
-sums, and the scores do not depend on how samples, layers, columns or the sequence are shared out.
-Sums are kept in fp64 on the device; nothing waits for the host.
+Units are aggregated over a sample's sequence (mean of absolute values, L2, variance) and then over
+samples in the same three ways; all nine are kept. Hooks only add up |x|, x² and x over the
+sequence. At the end of a micro-batch one collective completes what tensor-parallel ranks share, and
+the first two moments over samples are added to running sums. Ranks only ever add up sums, so scores
+do not depend on how samples, layers, columns or the sequence are shared out, and memory not on the
+number of samples. Sums are kept in fp64 on the device; nothing waits for the host.
 
-Source: arXiv:2407.14679 §2.2; (L2 over the batch, mean over the sequence) is its best aggregation.
+Source: arXiv:2407.14679 §2.2; L2 over samples of the mean over the sequence is its best choice.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron import platform
+from minitron import artifact, platform
 from minitron.data.batches import Batch, DataConfig, EvalBatches, open_windows, prepare_data
 from minitron.data.tokenizer import find_tokenizer
 from minitron.errors import MinitronError
@@ -37,7 +41,7 @@ from minitron.ops.activation_stats import activation_stats
 from minitron.ops.block_cosine import block_cosine
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.platform import Precision
-from minitron.prune.scores import ImportanceScores, check_scores
+from minitron.prune.scores import Importance, check_scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,18 @@ class ImportanceConfig:
                 raise MinitronError(f"importance.{name}={getattr(self, name)} must be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What scores were measured on, for their manifest."""
+
+    samples: int
+    """Samples that went through the model."""
+    tokenizer: str | None
+    """Fingerprint of the model's tokenizer; None where it has none."""
+    data: dict[str, str]
+    """Fingerprint of each token file, by its path."""
+
+
 def measure_importance(
     model_path: Path,
     *,
@@ -62,12 +78,33 @@ def measure_importance(
     importance: ImportanceConfig,
     parallel: ParallelConfig,
     precision: Precision,
-) -> ImportanceScores:
+) -> tuple[Importance, Calibration]:
     """Score every axis of a model directory; call on all ranks, which all get the scores.
 
     Raises:
         MinitronError: the model or the data cannot be read, the sizes do not divide, or the scores
             are NaN or zero.
+    """
+    model, batches, calibration = open_calibration(
+        model_path, data=data, importance=importance, parallel=parallel, precision=precision
+    )
+    measured = collect_importance(model, batches)
+    check_scores(measured.scores(), model.arch)
+    return measured, calibration
+
+
+def open_calibration(
+    model_path: Path,
+    *,
+    data: DataConfig,
+    importance: ImportanceConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+) -> tuple[LlamaModel, EvalBatches, Calibration]:
+    """This rank's part of a frozen model with hookable layers, and its calibration batches.
+
+    Raises:
+        MinitronError: the model or the data cannot be read, or the sizes do not divide.
     """
     parallel.check_seq_length(data.seq_length)
     topology = initialize(parallel)
@@ -87,12 +124,16 @@ def measure_importance(
     )
     if batches.num_samples < importance.samples:
         log(f"the data holds {batches.num_samples} samples; importance.samples asks for more")
-    scores = collect_importance(freeze(model), batches)
-    check_scores(scores, arch)
-    return scores
+    files = [Path(f"{prefix}.bin") for prefix in prepared.path]
+    calibration = Calibration(
+        samples=batches.num_samples,
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
+        data=on_rank_zero(lambda: {str(file): artifact.fingerprint(file) for file in files}),
+    )
+    return freeze(model), batches, calibration
 
 
-def collect_importance(model: LlamaModel, batches: EvalBatches) -> ImportanceScores:
+def collect_importance(model: LlamaModel, batches: EvalBatches) -> Importance:
     """Run a frozen model over calibration data and score it; the same scores on all ranks."""
     collector = _Collector(model)
     group_size = 4 * model.topology.pp_size  # micro-batches that keep a pipeline busy
@@ -105,7 +146,7 @@ def collect_importance(model: LlamaModel, batches: EvalBatches) -> ImportanceSco
             before, seen = seen, seen + len(group) * batches.samples_per_microbatch
             bar.update(min(seen, batches.num_samples) - before)
     collector.remove()
-    return collector.scores()
+    return collector.importance(batches.num_samples)
 
 
 class _Collector:
@@ -117,23 +158,28 @@ class _Collector:
 
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
+        self._tp_group = model.topology.groups.tp
         self._sequence_parallel = model.config.sequence_parallel
+        arch, tp_size = model.arch, model.topology.tp_size
+        self._splits_groups = arch.num_query_groups < tp_size  # a group's heads lie on two ranks
+        self._sizes = {
+            "hidden": arch.hidden_size,
+            "ffn": arch.ffn_hidden_size,
+            "heads": arch.num_attention_heads,
+            "query_groups": arch.num_query_groups,
+        }
         self._expected: list[Batch] = []
         self._valid = torch.empty(0)  # [b], 1 for the real samples of the micro-batch at hand
         self._seq_length = 0
-        self._norm_sums: list[Tensor] = []  # its Σ_s |x|, [b, h], in the order of the norms
-
-        arch, tp_size = model.arch, model.topology.tp_size
+        # Of the micro-batch at hand, layer by layer: sums over the sequence [3, b, c] and, for
+        # the groups, squared norms of each token [s, b, g/t].
+        self._seen: dict[str, list[Tensor]] = {name: [] for name in self._sizes}
+        # First and second moments over samples, [2, 3, L/p, c]; made by the first micro-batch.
+        self._moments: dict[str, Tensor] = {}
         layers = model.decoder.layers
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(len(layers), *shape, dtype=torch.float64, device=platform.device())
-
-        self._hidden = zeros(2, arch.hidden_size)
-        self._ffn = zeros(arch.ffn_hidden_size // tp_size)
-        self._heads = zeros(arch.num_attention_heads // tp_size)
-        self._blocks = zeros(2)  # Σ cosine, number of tokens
-
+        self._blocks = torch.zeros(  # Σ cosine, number of tokens
+            len(layers), 2, dtype=torch.float64, device=platform.device()
+        )
         self._handles = [
             model.decoder.register_forward_pre_hook(self._begin_microbatch),
             model.decoder.register_forward_hook(self._end_microbatch),
@@ -141,8 +187,8 @@ class _Collector:
         for i, layer in enumerate(layers):
             self._hook_output(layer.input_layernorm, self._see_norm)
             self._hook_output(layer.pre_mlp_layernorm, self._see_norm)
-            self._hook_input(layer.self_attention.linear_proj, self._see_heads, i)
-            self._hook_input(layer.mlp.linear_fc2, self._see_neurons, i)
+            self._hook_input(layer.self_attention.linear_proj, self._see_heads)
+            self._hook_input(layer.mlp.linear_fc2, self._see_neurons)
             see_layer = functools.partial(self._see_layer, i)
             self._handles.append(layer.register_forward_hook(see_layer, with_kwargs=True))
 
@@ -155,32 +201,33 @@ class _Collector:
         for handle in self._handles:
             handle.remove()
 
-    def scores(self) -> ImportanceScores:
+    def importance(self, num_samples: int) -> Importance:
         """Add up all ranks' sums and turn them into scores; collective."""
-        arch = self._model.arch
-        tp_group = self._model.topology.groups.tp
         if self._sequence_parallel:  # every rank has seen other tokens; else all saw the same
-            dist.all_reduce(self._blocks, group=tp_group)
-        hidden = self._whole(self._hidden, arch.hidden_size)
-        ffn = self._whole(self._ffn, arch.ffn_hidden_size)
-        heads = self._whole(self._heads, arch.num_attention_heads)
-        cosine, tokens = self._whole(self._blocks, 2).unbind(-1)
-        return ImportanceScores(
-            hidden=hidden.sqrt().sum(1).float().cpu(),
-            ffn=ffn.sqrt().float().cpu(),
-            heads=heads.sqrt().float().cpu(),
-            block_influence=(1 - cosine / tokens).float().cpu(),
-        )
+            dist.all_reduce(self._blocks, group=self._tp_group)
+        cosine, tokens = self._whole(self._blocks, 2)[:, 0].unbind(-1)
+        aggregated = {}
+        for name, size in self._sizes.items():
+            first, second = self._whole(self._moments[name], size).unbind(0)  # [3, L, r, c]
+            mean = first / num_samples
+            variance = (second / num_samples - mean.square()).clamp_min(0)
+            scores = torch.stack([mean, second.sqrt(), variance])  # [3, 3, L, r, c]
+            aggregated[name] = scores.sum(3).float().cpu()
+        return Importance(**aggregated, block_influence=(1 - cosine / tokens).float().cpu())
 
     def _whole(self, sums: Tensor, size: int) -> Tensor:
-        """All ranks' sums, each at its layers and columns: [L/p, ..., size/t] → [L, ..., size]."""
+        """All ranks' sums at their layers and columns: [..., r L/p, size/t] → [..., L, r, size].
+
+        A layer has r rows: two norms, one of anything else.
+        """
         topology = self._model.topology
         layers = [layer.layer_number - 1 for layer in self._model.decoder.layers]
-        total = sums.new_zeros(self._model.arch.num_layers, *sums.shape[1:-1], size)
-        width = sums.size(-1)
+        sums = sums.unflatten(-2, (len(layers), -1))  # [..., L/p, r, size/t]
+        *leading, _, rows, width = sums.shape
+        total = sums.new_zeros(*leading, self._model.arch.num_layers, rows, size)
         if width < size or topology.tp_rank == 0:  # what every rank holds whole is added once
             start = topology.tp_rank * width if width < size else 0
-            total[layers, ..., start : start + width] = sums
+            total[..., layers, :, start : start + width] = sums
         dist.all_reduce(total)
         return total
 
@@ -190,11 +237,9 @@ class _Collector:
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def _hook_input(
-        self, module: torch.nn.Module, see: Callable[[int, Tensor], None], layer: int
-    ) -> None:
+    def _hook_input(self, module: torch.nn.Module, see: Callable[[Tensor], None]) -> None:
         def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            see(layer, inputs[0])
+            see(inputs[0])
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -203,26 +248,29 @@ class _Collector:
         self._seq_length = batch.tokens.size(1)
         self._valid = batch.valid.to(platform.device(), torch.float64)
 
-    def _end_microbatch(self, *_: Any) -> None:
-        sums = torch.stack(self._norm_sums)  # [2 L/p, b, h]
-        self._norm_sums.clear()
-        if self._sequence_parallel:  # the mean is over the whole sequence: add, then square
-            dist.all_reduce(sums, group=self._model.topology.groups.tp)
-        self._hidden += self._squares(sums).view_as(self._hidden)
-
-    def _squares(self, sums: Tensor) -> Tensor:
-        """Σ over the real samples of (Σ_s |x| / s)²: [..., b, c] → [..., c]."""
-        return ((sums / self._seq_length).square() * self._valid[:, None]).sum(-2)
-
     def _see_norm(self, x: Tensor) -> None:  # [s, b, h], [s/t, b, h] under sequence parallelism
-        self._norm_sums.append(activation_stats(x).abs_sum)
+        self._seen["hidden"].append(_sequence_sums(x))
 
-    def _see_neurons(self, layer: int, x: Tensor) -> None:  # [s, b, f/t]
-        self._ffn[layer] += self._squares(activation_stats(x).abs_sum)
+    def _see_neurons(self, x: Tensor) -> None:  # [s, b, f/t]
+        self._seen["ffn"].append(_sequence_sums(x))
 
-    def _see_heads(self, layer: int, x: Tensor) -> None:  # [s, b, n/t * d]
-        norms = activation_stats(x, group=self._model.arch.kv_channels)
-        self._heads[layer] += self._squares(norms.abs_sum)
+    def _see_heads(self, x: Tensor) -> None:  # [s, b, n/t * d]
+        heads = x.float().unflatten(-1, (-1, self._model.arch.kv_channels))
+        squares = heads.square().sum(-1)  # [s, b, n/t]
+        self._seen["heads"].append(_sequence_sums(squares.sqrt()))
+        self._seen["query_groups"].append(self._group_squares(squares))
+
+    def _group_squares(self, squares: Tensor) -> Tensor:
+        """Sums over each group's heads on this rank: [s, b, n/t] → [s, b, g/t], [s, b, g] if split.
+
+        A group that lies on several ranks is a part of a column, zero elsewhere.
+        """
+        groups, topology = self._sizes["query_groups"], self._model.topology
+        if not self._splits_groups:
+            return squares.unflatten(-1, (groups // topology.tp_size, -1)).sum(-1)
+        total = squares.new_zeros(*squares.shape[:-1], groups)
+        total[..., topology.tp_rank * groups // topology.tp_size] = squares.sum(-1)
+        return total
 
     def _see_layer(
         self, layer: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
@@ -232,3 +280,52 @@ class _Collector:
         tokens = self._valid.expand_as(cosine)
         self._blocks[layer, 0] += (cosine * tokens).sum()
         self._blocks[layer, 1] += tokens.sum()
+
+    def _end_microbatch(self, *_: Any) -> None:
+        seen = {name: torch.stack(parts) for name, parts in self._seen.items()}
+        for parts in self._seen.values():
+            parts.clear()
+        shared = ["hidden"] * self._sequence_parallel + ["query_groups"] * self._splits_groups
+        self._complete(seen, shared)
+        groups = seen["query_groups"].transpose(0, 1)  # [s, L/p, b, g]
+        seen["query_groups"] = _sequence_sums(groups.sqrt()).transpose(0, 1)
+        for name, sums in seen.items():  # [L/p, 3, b, c]
+            moments = self._sample_moments(sums)
+            self._moments[name] = self._moments.get(name, 0) + moments
+
+    def _complete(self, seen: dict[str, Tensor], shared: Sequence[str]) -> None:
+        """Add up over tensor-parallel ranks what each holds a part of; at most one collective.
+
+        The aggregates are not linear in these sums: they must be whole before anything is made
+        of them.
+        """
+        if not shared:
+            return
+        packed = torch.cat([seen[name].double().flatten() for name in shared])
+        dist.all_reduce(packed, group=self._tp_group)
+        parts = packed.split([seen[name].numel() for name in shared])
+        seen.update(
+            {name: part.view_as(seen[name]) for name, part in zip(shared, parts, strict=True)}
+        )
+
+    def _sample_moments(self, sums: Tensor) -> Tensor:
+        """Sums over the real samples of their aggregates and of the squares of these.
+
+        Args:
+            sums: [L, 3, b, c] of |x|, x² and x over the sequence.
+
+        Returns:
+            [2, 3, L, c].
+        """
+        absolute, squares, signed = sums.unbind(1)  # [L, b, c]
+        length = self._seq_length
+        variance = (squares / length - (signed / length).square()).clamp_min(0)
+        aggregates = torch.stack([absolute / length, squares.sqrt(), variance])  # [3, L, b, c]
+        moments = torch.stack([aggregates, aggregates.square()])
+        return (moments * self._valid[:, None]).sum(3)
+
+
+def _sequence_sums(x: Tensor) -> Tensor:
+    """Sums of |x|, x² and x over the first dimension: [s, ..., c] → [3, ..., c] in fp64."""
+    absolute, squares, signed, _ = activation_stats(x.flatten(1, -2))
+    return torch.stack([absolute, squares, signed]).unflatten(1, x.shape[1:-1])

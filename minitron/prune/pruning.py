@@ -8,7 +8,6 @@ size of the model.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,65 +22,17 @@ from minitron.model.arch import Architecture
 from minitron.model.weights import TensorInfo, WeightWriter
 from minitron.prune.depth import kept_layers, layers_to_drop
 from minitron.prune.scores import ImportanceScores, check_scores
-from minitron.prune.width import WidthPlan, plan_width, same_width, slice_tensor
+from minitron.prune.width import (
+    GroupReduction,
+    HeadMerge,
+    HeadRanking,
+    WidthPlan,
+    plan_width,
+    same_width,
+    slice_tensor,
+)
 
 PRUNING_FILE = "pruning.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """The shape to reach; what is not named stays as it is."""
-
-    hidden_size: int | None = None
-    """Embedding channels to keep, the same ones in all layers."""
-    ffn_hidden_size: int | None = None
-    """Neurons to keep in each MLP."""
-    num_attention_heads: int | None = None
-    """Query heads to keep in each layer; a multiple of the key/value heads, which all stay."""
-    num_layers: int | None = None
-    """Layers to keep; the least influential ones go."""
-    drop_layers: list[int] | None = None
-    """Layers to drop whatever their influence, counted from 1; needs no scores and no data."""
-
-    def __post_init__(self) -> None:
-        if all(value in (None, []) for value in dataclasses.asdict(self).values()):
-            keys = ", ".join(f"prune.{field.name}" for field in dataclasses.fields(self))
-            raise MinitronError(f"nothing to prune; give at least one of {keys}")
-
-    def target(self, source: Architecture) -> Architecture:
-        """The shape of the pruned model.
-
-        Raises:
-            MinitronError: it is larger than the source, or no valid Llama.
-        """
-        sizes = dataclasses.asdict(self)
-        drop_layers = sizes.pop("drop_layers")
-        sizes = {name: size for name, size in sizes.items() if size is not None}
-        for name, size in sizes.items():
-            largest = getattr(source, name)
-            if not 1 <= size <= largest:
-                raise MinitronError(
-                    f"prune.{name}={size}, but the model has {largest}; choose 1 to {largest}"
-                )
-        groups = source.num_query_groups
-        heads = sizes.get("num_attention_heads", source.num_attention_heads)
-        if heads % groups:
-            below = heads // groups * groups
-            raise MinitronError(
-                f"prune.num_attention_heads={heads} is not a multiple of the model's {groups} "
-                f"key/value heads, each of which keeps the same number of query heads; choose "
-                f"{f'{below} or ' if below else ''}{below + groups}"
-            )
-        if drop_layers:
-            left = len(kept_layers(source.num_layers, drop_layers))
-            if sizes.setdefault("num_layers", left) != left:
-                raise MinitronError(
-                    f"prune.num_layers={sizes['num_layers']} contradicts prune.drop_layers, which "
-                    f"leaves {source.num_layers} - {len(drop_layers)} = {left}; give one of the two"
-                )
-        target = dataclasses.replace(source, **sizes)
-        hf.check_shape(target)
-        return target
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,7 +46,7 @@ class PruningPlan:
     width: WidthPlan
     """Positions within the layers, by source layer."""
 
-    def to_dict(self) -> dict[str, list | None]:
+    def to_dict(self) -> dict[str, list | int | None]:
         """The content of `pruning.json`: source positions from 0, null where all are kept."""
         rows = list(self.layers)
 
@@ -108,6 +59,9 @@ class PruningPlan:
             "hidden": listed(width.hidden),
             "ffn": listed(None if width.ffn is None else width.ffn[rows]),
             "heads": listed(None if width.heads is None else width.heads[rows]),
+            "query_groups": listed(None if width.groups is None else width.groups[rows]),
+            "pooled_query_groups": width.pooled,
+            "merged_heads": listed(None if width.partners is None else width.partners[rows]),
         }
 
 
@@ -125,6 +79,10 @@ def plan_pruning(
     target: Architecture,
     scores: ImportanceScores | None = None,
     drop_layers: Sequence[int] | None = None,
+    *,
+    head_ranking: HeadRanking = "group",
+    group_reduction: GroupReduction = "select",
+    merge_heads: HeadMerge = "none",
 ) -> PruningPlan:
     """Decide what stays.
 
@@ -136,6 +94,9 @@ def plan_pruning(
         target: the shape to reach (`PruneConfig.target`).
         scores: its importance; not needed where nothing is ranked (`needs_scores`).
         drop_layers: layers to drop, counted from 1; the least influential ones if None.
+        head_ranking: see `width.choose_heads`.
+        group_reduction: see `width.plan_width`.
+        merge_heads: see `width.merge_partners`.
 
     Raises:
         MinitronError: the scores do not fit the model.
@@ -147,7 +108,15 @@ def plan_pruning(
         drop_layers = layers_to_drop(scores.block_influence, target.num_layers)
     layers = kept_layers(source.num_layers, drop_layers or ())
     assert len(layers) == target.num_layers, "drop_layers and target disagree"
-    return PruningPlan(target=target, layers=layers, width=plan_width(source, target, scores))
+    width = plan_width(
+        source,
+        target,
+        scores,
+        head_ranking=head_ranking,
+        group_reduction=group_reduction,
+        merge_heads=merge_heads,
+    )
+    return PruningPlan(target=target, layers=layers, width=width)
 
 
 def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
@@ -193,6 +162,7 @@ def comparison(source: Architecture, target: Architecture) -> str:
         ("hidden size", "hidden_size"),
         ("ffn hidden size", "ffn_hidden_size"),
         ("attention heads", "num_attention_heads"),
+        ("key/value heads", "num_query_groups"),
         ("parameters", "num_parameters"),
         ("  without embeddings", "num_non_embedding_parameters"),
     ):

@@ -1,14 +1,16 @@
 """Importance scores: what a few forward passes measured, kept on disk for any later target shape.
 
-A score file holds full, topology-free tensors of a whole model, so one measurement serves every
-width and depth, and pruning again needs no forward pass. Its manifest names the model it was
-measured on; scores of another model would prune at random and are refused.
+A score file holds full, topology-free tensors of a whole model under all nine ways to aggregate
+activations, so one measurement serves every width, depth and aggregation, and pruning again needs
+no forward pass. Its manifest names the model it was measured on; scores of another model would
+prune at random and are refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,48 @@ from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
 
 SCORES_FILE = "scores.safetensors"
+
+Aggregation = Literal["mean", "l2", "var"]
+AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "l2", "var")
+"""How activations become one number, over the sequence and then over the samples: mean of absolute
+values, root of the sum of squares, variance (divided by the count). Scores are stored in this
+order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """All that was measured of a model with L layers, fp32.
+
+    The first dimension is the aggregation over samples, the second that over the sequence, both in
+    the order of `AGGREGATIONS`.
+    """
+
+    hidden: Tensor
+    """[3, 3, L, h] embedding channels, as each layer's norms see them."""
+    ffn: Tensor
+    """[3, 3, L, f] neurons of each MLP."""
+    heads: Tensor
+    """[3, 3, L, n] query heads of each attention."""
+    query_groups: Tensor
+    """[3, 3, L, g] key/value heads, by what the query heads that share them put out together."""
+    block_influence: Tensor
+    """[L] how far each layer turns the residual stream: 1 - cosine(input, output)."""
+
+    @property
+    def hidden_total(self) -> Tensor:
+        """[3, 3, h] embedding channels in the whole network: the sum over its layers."""
+        return self.hidden.double().sum(2).float()
+
+    def scores(self, batch: Aggregation = "l2", sequence: Aggregation = "mean") -> ImportanceScores:
+        """The scores under one aggregation over samples and one over the sequence."""
+        at = AGGREGATIONS.index(batch), AGGREGATIONS.index(sequence)
+        return ImportanceScores(
+            hidden=self.hidden[at],
+            ffn=self.ffn[at],
+            heads=self.heads[at],
+            query_groups=self.query_groups[at],
+            block_influence=self.block_influence,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +75,23 @@ class ImportanceScores:
     """[L, f] neurons of each MLP."""
     heads: Tensor
     """[L, n] query heads of each attention."""
+    query_groups: Tensor
+    """[L, g] key/value heads of each attention."""
     block_influence: Tensor
     """[L] how far each layer turns the residual stream: 1 - cosine(input, output)."""
 
 
-def save_scores(directory: Path, scores: ImportanceScores) -> None:
-    """Write `scores.safetensors` into an existing directory."""
-    tensors = {name: t.detach().float().cpu().contiguous() for name, t in vars(scores).items()}
+def save_scores(directory: Path, importance: Importance) -> None:
+    """Write `scores.safetensors` into an existing directory.
+
+    Its tensors are the fields of `Importance`, and `hidden_total` for other readers of the file.
+    """
+    tensors = {**vars(importance), "hidden_total": importance.hidden_total}
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, directory / SCORES_FILE)
 
 
-def load_scores(path: Path) -> ImportanceScores:
+def load_scores(path: Path) -> Importance:
     """Read a score file, or the one in a directory.
 
     Raises:
@@ -56,13 +106,20 @@ def load_scores(path: Path) -> ImportanceScores:
         raise MinitronError(
             f"{file} is not a readable safetensors file ({error}); measure the scores again"
         ) from None
-    expected = [field.name for field in fields(ImportanceScores)]
+    tensors.pop("hidden_total", None)
+    expected = [field.name for field in fields(Importance)]
     if sorted(tensors) != sorted(expected):
         raise MinitronError(
             f"{file} holds the tensors {', '.join(sorted(tensors)[:4])}, a score file holds "
             f"{', '.join(expected)}; give a file that launch/importance.py wrote"
         )
-    return ImportanceScores(**{name: tensor.float() for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        if name != "block_influence" and (tensor.dim() != 4 or tuple(tensor.shape[:2]) != (3, 3)):
+            raise MinitronError(
+                f"{file}: {name} has shape {list(tensor.shape)}, not [3, 3, layers, units]; "
+                "measure the importance again"
+            )
+    return Importance(**{name: tensor.float() for name, tensor in tensors.items()})
 
 
 def check_scores(scores: ImportanceScores, arch: Architecture) -> None:
@@ -77,6 +134,7 @@ def check_scores(scores: ImportanceScores, arch: Architecture) -> None:
         "hidden": (layers, arch.hidden_size),
         "ffn": (layers, arch.ffn_hidden_size),
         "heads": (layers, arch.num_attention_heads),
+        "query_groups": (layers, arch.num_query_groups),
         "block_influence": (layers,),
     }
     for name, tensor in vars(scores).items():

@@ -186,4 +186,7 @@ def _read_scores(path: Path) -> dict[str, NDArray[np.float32]] | None:
     missing = [name for name in names if name not in tensors]
     if missing:
         raise MinitronError(f"{path} lacks {', '.join(missing)}; run importance.py again")
-    return {name: tensors[name] for name in names}
+    # Units are stored under all aggregations, [3, 3, L, c]; shown is what pruning takes by default,
+    # the mean over the sequence and then L2 over samples.
+    shown = {name: tensors[name][1, 0] for name in ("hidden", "ffn", "heads")}
+    return {**shown, "block_influence": tensors["block_influence"]}

@@ -15,7 +15,7 @@ from minitron import artifact, config
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.prune.scores import save_scores
-from tests.prune.scored import random_scores
+from tests.prune.scored import random_importance
 from tests.tiny import logits, save_llama
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def model(tmp_path):
 def scores(tmp_path, model):
     directory = tmp_path / "scores"
     directory.mkdir()
-    save_scores(directory, random_scores(hf.read_architecture(model)))
+    save_scores(directory, random_importance(hf.read_architecture(model)))
     artifact.write_manifest(directory, stage="importance", recipe={}, parents={"model": model})
     return directory
 
@@ -128,12 +128,12 @@ def test_help_explains_every_key(prune, capsys):
 
 def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     """Without scores.path the launcher measures, with the recipe's sections."""
-    measured = random_scores(hf.read_architecture(model), seed=5)
+    measured = random_importance(hf.read_architecture(model), seed=5)
     calls = []
 
     def measure_importance(model_path, *, data, importance, parallel, precision):
         calls.append((model_path, data.path, importance.samples, precision))
-        return measured
+        return measured, None
 
     monkeypatch.setattr(script, "measure_importance", measure_importance)
     (tmp_path / "text.txt").write_text("some text")
@@ -149,6 +149,16 @@ def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     assert len(calls) == 1
     models = [LlamaForCausalLM.from_pretrained(tmp_path / d) for d in ("measured", "stored")]
     assert torch.equal(logits(models[0]), logits(models[1]))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "first"])
+def test_methods_without_activations_need_no_data(tmp_path, model, prune, method, capsys):
+    sizes = ("--prune.ffn_hidden_size", 20, "--prune.num_layers", 3, "--prune.multiple", 8)
+    prune("--model", model, "--prune.method", method, *sizes, "--out", tmp_path / "out")
+    assert "ffn_hidden_size: 20 -> 24, a multiple of 8 = 8 x 1 ranks" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (record["ffn"] == [list(range(24))] * 3) == (method == "first")
+    assert (record["layers"] == [0, 1, 2]) or method != "first"
 
 
 def test_pruning_without_scores_or_data(tmp_path, model, prune):

@@ -3,19 +3,25 @@
 import torch
 
 from minitron.model.arch import Architecture
-from minitron.prune.scores import ImportanceScores
+from minitron.prune.scores import Importance, ImportanceScores
 
 
-def random_scores(arch: Architecture, *, seed: int = 0) -> ImportanceScores:
-    """Positive scores without ties."""
+def random_importance(arch: Architecture, *, seed: int = 0) -> Importance:
+    """Positive scores without ties, others for every aggregation."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.rand(shape, generator=generator) + 0.1
 
-    return ImportanceScores(
-        hidden=draw(arch.num_layers, arch.hidden_size),
-        ffn=draw(arch.num_layers, arch.ffn_hidden_size),
-        heads=draw(arch.num_layers, arch.num_attention_heads),
+    return Importance(
+        hidden=draw(3, 3, arch.num_layers, arch.hidden_size),
+        ffn=draw(3, 3, arch.num_layers, arch.ffn_hidden_size),
+        heads=draw(3, 3, arch.num_layers, arch.num_attention_heads),
+        query_groups=draw(3, 3, arch.num_layers, arch.num_query_groups),
         block_influence=draw(arch.num_layers),
     )
+
+
+def random_scores(arch: Architecture, *, seed: int = 0) -> ImportanceScores:
+    """Positive scores without ties."""
+    return random_importance(arch, seed=seed).scores()

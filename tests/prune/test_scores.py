@@ -8,6 +8,7 @@ from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.prune.scores import (
+    AGGREGATIONS,
     SCORES_FILE,
     check_origin,
     check_scores,
@@ -15,31 +16,43 @@ from minitron.prune.scores import (
     save_scores,
     top_indices,
 )
-from tests.prune.scored import random_scores
+from tests.prune.scored import random_importance, random_scores
 from tests.tiny import save_llama, tiny_config
 
 ARCH = hf.architecture_from_config(tiny_config().to_dict())
-NAMES = ("hidden", "ffn", "heads", "block_influence")
+NAMES = ("hidden", "ffn", "heads", "query_groups", "block_influence")
 
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_scores_come_back_as_they_were_saved(tmp_path, as_file):
-    scores = random_scores(ARCH)
-    save_scores(tmp_path, scores)
+    importance = random_importance(ARCH)
+    save_scores(tmp_path, importance)
     loaded = load_scores(tmp_path / SCORES_FILE if as_file else tmp_path)
     for name in NAMES:
-        assert torch.equal(getattr(loaded, name), getattr(scores, name))
-    check_scores(loaded, ARCH)
+        assert torch.equal(getattr(loaded, name), getattr(importance, name))
+    check_scores(loaded.scores(), ARCH)
 
 
 def test_scores_are_saved_in_fp32_whatever_they_were(tmp_path):
-    scores = random_scores(ARCH)
-    transposed = scores.ffn.T.contiguous().T.double().requires_grad_()
-    save_scores(tmp_path, dataclasses.replace(scores, ffn=transposed))
+    importance = random_importance(ARCH)
+    transposed = importance.ffn.mT.contiguous().mT.double().requires_grad_()
+    save_scores(tmp_path, dataclasses.replace(importance, ffn=transposed))
     stored = load_file(tmp_path / SCORES_FILE)
-    assert stored.keys() == set(NAMES)
+    assert stored.keys() == {*NAMES, "hidden_total"}
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
-    assert torch.equal(stored["ffn"], scores.ffn)
+    assert torch.equal(stored["ffn"], importance.ffn)
+    torch.testing.assert_close(stored["hidden_total"], importance.hidden.sum(2))
+
+
+def test_an_aggregation_is_chosen_from_the_stored_ones():
+    importance = random_importance(ARCH)
+    assert torch.equal(importance.scores().ffn, importance.ffn[1, 0])
+    for i, batch in enumerate(AGGREGATIONS):
+        for j, sequence in enumerate(AGGREGATIONS):
+            scores = importance.scores(batch, sequence)
+            for name in NAMES[:-1]:
+                assert torch.equal(getattr(scores, name), getattr(importance, name)[i, j])
+            assert torch.equal(scores.block_influence, importance.block_influence)
 
 
 def test_missing_file(tmp_path):
@@ -50,7 +63,7 @@ def test_missing_file(tmp_path):
 
 
 def test_damaged_file(tmp_path):
-    save_scores(tmp_path, random_scores(ARCH))
+    save_scores(tmp_path, random_importance(ARCH))
     path = tmp_path / SCORES_FILE
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(MinitronError, match=r"not a readable safetensors file \(.+\); measure"):
@@ -60,6 +73,13 @@ def test_damaged_file(tmp_path):
 def test_file_of_something_else(tmp_path):
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / SCORES_FILE)
     with pytest.raises(MinitronError, match=r"holds the tensors model.norm.weight, a score file"):
+        load_scores(tmp_path)
+
+
+def test_file_without_aggregations(tmp_path):
+    importance = random_importance(ARCH)
+    save_scores(tmp_path, dataclasses.replace(importance, heads=importance.heads[1, 0][None, None]))
+    with pytest.raises(MinitronError, match=r"heads has shape \[1, 1, 4, 8\], not \[3, 3, layers"):
         load_scores(tmp_path)
 
 
@@ -105,7 +125,7 @@ def test_scores_of_another_model_are_refused(tmp_path, as_file):
     save_llama(tmp_path / "other", seed=1)
     directory = tmp_path / "scores"
     directory.mkdir()
-    save_scores(directory, random_scores(ARCH))
+    save_scores(directory, random_importance(ARCH))
     path = directory / SCORES_FILE if as_file else directory
     check_origin(path, tmp_path / "other")  # nothing says what it was measured on
     artifact.write_manifest(

@@ -6,7 +6,10 @@ import pytest
 
 from minitron.errors import MinitronError
 from minitron.model import hf
-from minitron.prune.pruning import PruneConfig, comparison, needs_scores, plan_pruning
+from minitron.model.llama import check_parallel
+from minitron.parallel import ParallelConfig
+from minitron.prune.pruning import comparison, needs_scores, plan_pruning
+from minitron.prune.target import PruneConfig
 from tests.prune.scored import random_scores
 from tests.tiny import tiny_config
 
@@ -64,6 +67,18 @@ def test_comparison_shows_both_shapes():
             "of which keeps the same number of query heads; choose 4 or 6",
         ),
         ({"num_attention_heads": 1}, "is not a multiple of .*; choose 2"),
+        ({"num_query_groups": 3}, "prune.num_query_groups=3, but the model has 2; choose 1 to 2"),
+        (
+            {"num_query_groups": 1, "num_attention_heads": 6},
+            "prune.num_attention_heads=6 in prune.num_query_groups=1 are 6 query heads each, but a "
+            "key/value head of the model has 4; choose at most 1 x 4 = 4, or",
+        ),
+        ({"hidden_size": 8, "multiple": 0}, "prune.multiple=0 must be at least 1"),
+        (
+            {"hidden_size": 32, "multiple": 64},
+            r"prune.hidden_size=32 cannot be rounded: the model has 32, and no smaller size is a "
+            r"multiple of 64 = lcm\(64, 8 heads, which transformers demands\); lower",
+        ),
         ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=8"),
         ({"drop_layers": [5]}, "drop_layers names layer 5; the model has layers 1 to 4"),
         ({"drop_layers": [1, 1]}, "drop_layers names layer 1 twice"),
@@ -107,3 +122,71 @@ def test_scores_of_another_shape_are_refused():
     target = PruneConfig(hidden_size=24).target(ARCH)
     with pytest.raises(MinitronError, match=r"scores.ffn has shape \[4, 40\], the .* \[4, 48\]"):
         plan_pruning(ARCH, target, scores)
+
+
+def test_groups_that_pooling_cannot_reach():
+    config = PruneConfig(num_query_groups=3, group_reduction="mean")
+    message = "num_query_groups=3 does not divide the model's 8 .* choose 1, 2, 4 or 8"
+    with pytest.raises(MinitronError, match=message):
+        config.target(LLAMA_31_8B)
+
+
+@pytest.mark.parametrize(
+    ("keys", "heads", "groups"),
+    [
+        ({"num_query_groups": 4}, 16, 4),
+        ({"num_query_groups": 4, "num_attention_heads": 8}, 8, 4),
+        ({"num_query_groups": 4, "group_reduction": "mean"}, 32, 4),
+        ({"num_query_groups": 4, "group_reduction": "mean", "num_attention_heads": 16}, 16, 4),
+        ({"num_attention_heads": 16}, 16, 8),
+    ],
+)
+def test_query_heads_that_follow_from_key_value_heads(keys, heads, groups):
+    target = PruneConfig(**keys).target(LLAMA_31_8B)
+    assert (target.num_attention_heads, target.num_query_groups) == (heads, groups)
+
+
+def test_rounding_shows_its_arithmetic():
+    config = PruneConfig(
+        hidden_size=3000,
+        ffn_hidden_size=9300,
+        num_attention_heads=26,
+        num_query_groups=5,
+        multiple=128,
+        target_tensor_parallel_size=4,
+        group_reduction="mean",
+    )
+    target = config.target(LLAMA_31_8B)
+    assert (target.num_query_groups, target.num_attention_heads) == (4, 28)
+    assert (target.hidden_size, target.ffn_hidden_size) == (2688, 9216)
+    assert config.arithmetic(LLAMA_31_8B) == [
+        "num_query_groups: 5 -> 4, a multiple or divisor of 4 ranks",
+        "num_attention_heads: 26 -> 28, a multiple of 4 = lcm(4 key/value heads, 4 ranks)",
+        "hidden_size: 3000 -> 2688, a multiple of 896 = lcm(128, 28 heads, which transformers "
+        "demands)",
+        "ffn_hidden_size: 9300 -> 9216, a multiple of 512 = 128 x 4 ranks",
+    ]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("multiple", [16, 64, 128])
+def test_rounded_shapes_run_on_the_ranks_they_are_rounded_for(tp, multiple):
+    for asked in (100, 1111, 3000, 4000):
+        config = PruneConfig(
+            hidden_size=asked,
+            ffn_hidden_size=3 * asked,
+            num_query_groups=3,
+            num_attention_heads=8,
+            multiple=multiple,
+            target_tensor_parallel_size=tp,
+        )
+        target = config.target(LLAMA_31_8B)
+        check_parallel(target, ParallelConfig(tensor_model_parallel_size=tp))
+        assert target.hidden_size % multiple == 0
+        assert target.ffn_hidden_size // tp % multiple == 0
+
+
+def test_without_rounding_sizes_are_those_asked_for():
+    config = PruneConfig(hidden_size=3008, ffn_hidden_size=9217)
+    assert config.arithmetic(LLAMA_31_8B) == []
+    assert config.target(LLAMA_31_8B).ffn_hidden_size == 9217

@@ -1,10 +1,18 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from minitron.model import hf
-from minitron.prune.width import WidthPlan, plan_width, same_width, slice_tensor
+from minitron.prune.width import (
+    WidthPlan,
+    choose_heads,
+    merge_partners,
+    plan_width,
+    same_width,
+    slice_tensor,
+)
 from tests.prune.scored import random_scores
 from tests.tiny import tiny_config
 
@@ -101,3 +109,57 @@ def test_an_axis_that_is_kept_whole_is_not_touched():
     sliced = slice_tensor(weights, "w", ("vocab", "hidden"), WidthPlan(kv_channels=2), None)
     assert sliced.data_ptr() == weights["w"].data_ptr()
     assert torch.equal(sliced, weights["w"])
+
+
+def test_groups_are_kept_by_their_own_score_and_heads_inside_them():
+    heads = torch.tensor([[8.0, 7, 6, 5, 1, 3, 2, 4]])
+    groups = torch.tensor([[1.0, 2, 9, 3]])
+    kept = choose_heads(heads, groups, num_groups=2, heads_per_group=1, ranking="group")
+    assert [x.tolist() for x in kept] == [[[5, 7]], [[2, 3]]]
+
+
+@pytest.mark.parametrize(("groups", "size"), [(2, 4), (4, 2), (8, 1), (1, 8)])
+def test_heads_across_groups_against_every_legal_choice(groups, size):
+    """The kept heads have the highest sum of scores of all that fill groups of one size."""
+    scores = torch.rand(5, groups * size, generator=torch.Generator().manual_seed(groups))
+    for num_groups, share in itertools.product(range(1, groups + 1), range(1, size + 1)):
+        heads, filled = choose_heads(
+            scores,
+            torch.rand(5, groups),
+            num_groups=num_groups,
+            heads_per_group=share,
+            ranking="across",
+        )
+        legal = [
+            choice
+            for choice in itertools.combinations(range(groups * size), num_groups * share)
+            if all(
+                sum(head // size == group for head in choice) % share == 0
+                for group in range(groups)
+            )
+        ]
+        for layer, row in enumerate(scores.tolist()):
+            best = max(legal, key=lambda choice: sum(row[head] for head in choice))
+            assert tuple(heads[layer].tolist()) == best
+            owners = heads[layer].view(num_groups, share) // size
+            assert (owners == filled[layer][:, None]).all()
+
+
+def test_pruned_heads_are_merged_from_the_middle_outwards():
+    scores = torch.tensor([[6.0, 5, 4, 3, 2, 1]])
+    four = merge_partners(scores, torch.tensor([[0, 1, 2, 3]]), 1)  # L = 6, K = 4: ranks 3 and 4
+    assert four.tolist() == [[0, 1, 5, 4]]
+    two = merge_partners(scores, torch.tensor([[0, 1]]), 1)  # ranks 5 and 6 have no partner
+    assert two.tolist() == [[3, 2]]
+    grouped = merge_partners(scores, torch.tensor([[0, 1, 3, 4]]), 2)
+    assert grouped.tolist() == [[0, 2, 3, 5]]
+
+
+def test_a_range_with_a_repeated_position_is_selected():
+    """As long as the range that it spans, and yet not the range."""
+    plan = WidthPlan(
+        heads=torch.tensor([[0, 1, 2]]), groups=torch.tensor([[0, 0, 2]]), kv_channels=2
+    )
+    weights = Tensors(k=torch.arange(6.0)[:, None])
+    sliced = slice_tensor(weights, "k", ("kv", "hidden"), plan, 0)
+    assert sliced.flatten().tolist() == [0, 1, 0, 1, 4, 5]

@@ -49,7 +49,9 @@ def score_directory(directory, *, layers=3, hidden=8, ffn=12, heads=4):
     write_manifest(directory, "importance")
     rng = np.random.default_rng(0)
     shapes = {"hidden": (layers, hidden), "ffn": (layers, ffn), "heads": (layers, heads)}
-    tensors = {name: rng.random(shape, dtype=np.float32) + 0.1 for name, shape in shapes.items()}
+    tensors = {
+        name: rng.random((3, 3, *shape), dtype=np.float32) + 0.1 for name, shape in shapes.items()
+    }
     tensors["block_influence"] = np.linspace(0.5, 0.1, layers, dtype=np.float32)
     save_file(tensors, directory / "scores.safetensors")
     return directory

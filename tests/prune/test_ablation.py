@@ -1,0 +1,146 @@
+"""Layers left out of a loaded model, against transformers' model with those layers really gone."""
+
+import copy
+import re
+
+import pytest
+import torch
+
+from minitron.data.batches import DataConfig
+from minitron.data.indexed import TokenStream
+from minitron.errors import MinitronError
+from minitron.prune.ablation import AblationConfig, measure_depth
+from minitron.prune.depth import depth_table, load_depth, ranked_layers, save_depth
+from minitron.prune.importance import ImportanceConfig, open_calibration
+from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
+from tests.tiny import save_llama
+
+NUM_SAMPLES = 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    return directory, save_llama(directory, vocab_size=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("data") / "tokens"
+    return write_tokens(prefix, 7 * SEQ_LENGTH + 1)
+
+
+def without(model, layers):
+    """A copy of the model whose layers, counted from 1, were deleted."""
+    smaller = copy.deepcopy(model)
+    for layer in sorted(layers, reverse=True):
+        del smaller.model.layers[layer - 1]
+    for i, layer in enumerate(smaller.model.layers):
+        layer.self_attn.layer_idx = i
+    smaller.config.num_hidden_layers = len(smaller.model.layers)
+    return smaller
+
+
+def brute_force(model, prefix, layers):
+    """Loss and logit distance by their definitions."""
+    stream = torch.from_numpy(TokenStream(prefix).read(0, NUM_SAMPLES * SEQ_LENGTH + 1))
+    inputs, labels = stream[:-1].view(-1, SEQ_LENGTH), stream[1:].view(-1, SEQ_LENGTH)
+    with torch.no_grad():
+        logits = without(model, layers)(inputs).logits.double()
+        reference = model(inputs).logits.double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    distance = (logits - reference).square().sum() / reference.square().sum()
+    return loss.item(), distance.item()
+
+
+def _measure(parallel, directory, prefix, config):
+    model, batches, _ = open_calibration(
+        directory,
+        data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
+        importance=ImportanceConfig(samples=7, micro_batch_size=2),
+        parallel=parallel,
+        precision="fp32",
+    )
+    before = [layer.forward for layer in model.decoder.layers]
+    depth = measure_depth(model, batches, config)
+    assert [layer.forward for layer in model.decoder.layers] == before
+    return depth
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2", "tp2+sp", "pp2 uneven", "dp2", "tp2+sp pp2"])
+def test_trials_equal_models_without_the_layers(model, tokens, topology):
+    directory, reference = model
+    config = AblationConfig(layers=True, windows=[2, 3], samples=NUM_SAMPLES)
+    ranks = run_on(topology, _measure, directory, tokens, config)
+    depth = ranks[0]
+    assert all(other == depth for other in ranks)
+    assert depth.samples == NUM_SAMPLES
+    assert depth.lm_loss == pytest.approx(brute_force(reference, tokens, [])[0], rel=1e-6)
+    assert [trial.drop_layers for trial in depth.layers] == [[1], [2], [3], [4]]
+    windows = [[1, 2], [2, 3], [3, 4], [1, 2, 3], [2, 3, 4]]
+    assert [trial.drop_layers for trial in depth.windows] == windows
+    for trial in (*depth.layers, *depth.windows):
+        loss, distance = brute_force(reference, tokens, trial.drop_layers)
+        assert trial.lm_loss == pytest.approx(loss, rel=1e-6)
+        assert trial.logit_distance == pytest.approx(distance, rel=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["lm_loss", "logit_distance"])
+def test_greedy_search_takes_the_cheapest_layer_each_time(model, tokens, criterion):
+    directory, reference = model
+    config = AblationConfig(greedy=3, samples=NUM_SAMPLES, criterion=criterion)
+    (depth,) = run_on("tp1", _measure, directory, tokens, config)
+    gone = []
+    for step in depth.greedy:
+        costs = {
+            layer: brute_force(reference, tokens, [*gone, layer])[criterion == "logit_distance"]
+            for layer in range(1, 5)
+            if layer not in gone
+        }
+        gone.append(min(costs, key=costs.get))
+        assert step.drop_layers == gone
+        assert getattr(step, criterion) == pytest.approx(min(costs.values()), rel=1e-5)
+    assert len(gone) == 3
+
+
+def test_layers_to_drop_by_trial(model, tokens, tmp_path):
+    config = AblationConfig(layers=True, windows=[2], greedy=2, samples=NUM_SAMPLES)
+    (depth,) = run_on("tp1", _measure, model[0], tokens, config)
+    save_depth(tmp_path, depth)
+    assert load_depth(tmp_path) == load_depth(tmp_path / "scores.safetensors") == depth
+    for name in ("lm_loss", "logit_distance"):
+        order = sorted(depth.layers, key=lambda trial: getattr(trial, name))
+        expected = sorted(trial.drop_layers[0] for trial in order[:2])
+        assert list(ranked_layers(depth, name, 2)) == expected
+    losses = {tuple(trial.drop_layers): trial.lm_loss for trial in depth.windows}
+    assert ranked_layers(depth, "window", 2) == min(losses, key=losses.get)
+    assert list(ranked_layers(depth, "greedy", 2)) == sorted(depth.greedy[1].drop_layers)
+    for ranking, option in (("window", "windows 3"), ("greedy", "greedy 3")):
+        with pytest.raises(MinitronError, match=f"layer_ranking={ranking} .*--depth.{option}$"):
+            ranked_layers(depth, ranking, 3)
+    table = depth_table(torch.tensor([0.1, 0.2, 0.3, 0.4]), depth)
+    assert f"{depth.layers[2].logit_distance:.4f}" in table
+    assert "best window" in table
+    assert "greedy" in table
+
+
+def test_depth_file_that_is_missing_or_damaged(tmp_path):
+    with pytest.raises(MinitronError, match=r"depth.json does not exist; run launch/importance.py"):
+        load_depth(tmp_path)
+    (tmp_path / "depth.json").write_text('{"layers": []}')
+    with pytest.raises(MinitronError, match=r"is not what launch/importance.py writes"):
+        load_depth(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"samples": 0}, "depth.samples=0 must be at least 1"),
+        ({"greedy": -1}, "depth.greedy=-1 must be at least 0"),
+        ({"greedy": 4}, "depth.greedy=4 leaves none of the model's 4 layers; choose at most 3"),
+        ({"windows": [2, 4]}, "depth.windows=4, but the model has 4 layers; choose 1 to 3"),
+    ],
+)
+def test_trials_that_are_impossible(keys, message):
+    with pytest.raises(MinitronError, match=re.escape(message)):
+        AblationConfig(**keys).check(4)
