@@ -199,7 +199,7 @@ def test_unsupported_config(tmp_path, changes, message):
 def test_config_that_cannot_be_read(tmp_path):
     with pytest.raises(MinitronError, match="absent is not a directory; give a Hugging Face"):
         hf.read_architecture(tmp_path / "absent")
-    with pytest.raises(MinitronError, match=r"config.json does not exist"):
+    with pytest.raises(MinitronError, match=r"has no config.json; give a Hugging Face"):
         hf.read_architecture(tmp_path)
     (tmp_path / hf.CONFIG_FILE).write_text("[]")
     with pytest.raises(MinitronError, match="wrong type"):
