@@ -24,8 +24,13 @@ demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 8
 test: .venv/.dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+<<<<<<< HEAD
 bench: .venv/.dev ## Time the kernels against PyTorch, about 15 minutes; writes docs/results
 	$(BIN)/python -m tests.bench
+=======
+bench: .venv/.dev ## Measure what importance and pruning cost; needs 9 GB of disk
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
+>>>>>>> prune4
 
 lint: .venv/.dev ## Check style and types
 	$(BIN)/ruff check .

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minitron import artifact, config
 from minitron.data.batches import DataConfig
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
-from minitron.parallel import ParallelConfig, is_rank_zero
+from minitron.parallel import (
+    ParallelConfig,
+    initialize,
+    is_rank_zero,
+    on_rank_zero,
+    publish,
+)
 from minitron.platform import Precision
 from minitron.prune.baselines import baseline_scores
+from minitron.prune.check import CheckConfig, compare_losses, losses_table
 from minitron.prune.depth import load_depth, ranked_layers
 from minitron.prune.importance import ImportanceConfig, measure_importance
-from minitron.prune.pruning import comparison, needs_scores, plan_pruning, prune_model
+from minitron.prune.pruning import (
+    PruningPlan,
+    comparison,
+    needs_scores,
+    plan_pruning,
+    prune_model,
+)
 from minitron.prune.scores import ImportanceScores, check_origin, load_scores
 from minitron.prune.target import PruneConfig
 from minitron.stage import run
@@ -43,7 +58,9 @@ class ScoresSource:
 class Recipe:
     """Slice a model to a smaller shape, keeping what is important: what importance scores rank
     highest, those of `scores.path` or new ones measured on `data`. Naming layers to drop needs
-    neither. One process slices, however many ranks measure.
+    neither. What was written is read back and compared; with `data`, its loss is shown beside the
+    source's and that of a student pruned at random. Several ranks share measuring, slicing and
+    checking.
     """
 
     model: ModelSource
@@ -59,9 +76,11 @@ class Recipe:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """How to measure importance; used only without `scores.path`."""
     data: DataConfig | None = None
-    """What to measure importance on; used only without `scores.path`."""
+    """What to measure importance on, without `scores.path`, and to check the pruned model on."""
+    check: CheckConfig = field(default_factory=CheckConfig)
+    """The check of the pruned model's loss; made where `data` is given."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How ranks share the measurement; pruning gives the same result for all."""
+    """How ranks share the forward passes; pruning gives the same result for all."""
     precision: Precision = "fp32"
     """Precision of the measurement; the weights keep the dtype they have."""
     seed: int = 1234
@@ -72,16 +91,14 @@ def main(recipe: Recipe) -> None:
     """Rank, slice, and write the smaller model."""
     source = hf.read_architecture(recipe.model.path)
     target = recipe.prune.target(source)
+    if "RANK" in os.environ:
+        initialize(recipe.parallel)  # the ranks share the tensors
     drop_layers = _drop_layers(recipe, source, target)
-    ranked = needs_scores(source, target, drop_layers)
-    measures = ranked and recipe.scores.path is None and recipe.prune.method == "activation"
-    if not is_rank_zero() and not measures:
-        return  # nothing to measure together
     inputs = [recipe.model.path, recipe.scores.path]
-    artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs)
+    on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
+    ranked = needs_scores(source, target, drop_layers)
     scores = _scores(recipe) if ranked else None
-    if is_rank_zero():
-        _write(recipe, source, target, scores, drop_layers)
+    _write(recipe, source, target, scores, drop_layers)
 
 
 def _drop_layers(
@@ -108,12 +125,12 @@ def _scores(recipe: Recipe) -> ImportanceScores:
     if recipe.prune.method != "activation":
         arch = hf.read_architecture(recipe.model.path)
         weights = hf.open_weights(recipe.model.path, arch)
-        return baseline_scores(recipe.prune.method, arch, weights, seed=recipe.seed)
+        return baseline_scores(recipe.prune.method, arch, seed=recipe.seed, weights=weights)
     path = recipe.scores.path
     aggregation = recipe.prune.batch_aggregation, recipe.prune.sequence_aggregation
     if path is not None:
         scores = load_scores(path).scores(*aggregation)
-        artifact.verify(path if path.is_dir() else path.parent)
+        on_rank_zero(lambda: artifact.verify(path if path.is_dir() else path.parent))
         check_origin(path, recipe.model.path)
         return scores
     if recipe.data is None:
@@ -138,35 +155,61 @@ def _write(
     scores: ImportanceScores | None,
     drop_layers: Sequence[int] | None,
 ) -> None:
-    plan = plan_pruning(
-        source,
-        target,
-        scores,
-        drop_layers,
-        head_ranking=recipe.prune.head_ranking,
-        group_reduction=recipe.prune.group_reduction,
-        merge_heads=recipe.prune.merge_heads,
-    )
-    for line in recipe.prune.arithmetic(source):
-        print(line)
-    print(comparison(source, target), flush=True)
-    parents = {"model": recipe.model.path}
-    if scores is not None and recipe.prune.method == "activation" and recipe.scores.path:
-        parents["scores"] = recipe.scores.path
-    with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
-        prune_model(recipe.model.path, directory, plan)
-        artifact.write_manifest(
-            directory,
-            stage="prune",
-            recipe=config.to_dict(recipe),
-            parents=parents,
-            metrics={
-                "num_parameters": target.num_parameters,
-                "num_non_embedding_parameters": target.num_non_embedding_parameters,
-                "source_num_parameters": source.num_parameters,
-            },
+    prune = recipe.prune
+
+    def plan_by(scores: ImportanceScores | None, drop_layers: Sequence[int] | None) -> PruningPlan:
+        return plan_pruning(
+            source,
+            target,
+            scores,
+            drop_layers,
+            head_ranking=prune.head_ranking,
+            group_reduction=prune.group_reduction,
+            merge_heads=prune.merge_heads,
         )
-    print(f"wrote {recipe.out}", flush=True)
+
+    plan = plan_by(scores, drop_layers)
+    if is_rank_zero():
+        lines = prune.arithmetic(source)
+        print("\n".join([*lines, comparison(source, target)]), flush=True)
+    parents = {"model": recipe.model.path}
+    ranked = scores is not None and prune.method == "activation"
+    if recipe.scores.path and (ranked or drop_layers != prune.drop_layers):
+        parents["scores"] = recipe.scores.path
+    results: dict[str, Any] = {
+        "num_parameters": target.num_parameters,
+        "num_non_embedding_parameters": target.num_non_embedding_parameters,
+        "source_num_parameters": source.num_parameters,
+    }
+    with publish(recipe.out, overwrite=recipe.overwrite) as directory:
+        prune_model(recipe.model.path, directory, plan)
+        if recipe.data is not None and recipe.check.samples:
+            chance = baseline_scores("random", source, seed=recipe.seed)
+            losses = compare_losses(
+                recipe.model.path,
+                directory,
+                plan_by(chance, None),
+                data=recipe.data,
+                check=recipe.check,
+                parallel=recipe.parallel,
+                precision=recipe.precision,
+            )
+            if is_rank_zero():
+                print(losses_table(losses, source, target), flush=True)
+            results["lm_loss"] = losses
+
+        def manifest() -> None:
+            artifact.write_manifest(
+                directory,
+                stage="prune",
+                recipe=config.to_dict(recipe),
+                parents=parents,
+                metrics=results,
+            )
+
+        on_rank_zero(manifest)
+    if is_rank_zero():
+        print(f"wrote {recipe.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,11 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def world() -> tuple[int, int]:
+    """This process's rank among all, and how many there are; without a process group, 0 of 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:

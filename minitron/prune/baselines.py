@@ -21,17 +21,18 @@ Method = Literal["activation", "magnitude", "random", "first"]
 
 
 def baseline_scores(
-    method: Method, arch: Architecture, weights: WeightSource, *, seed: int
+    method: Method, arch: Architecture, *, seed: int, weights: WeightSource | None = None
 ) -> ImportanceScores:
     """Scores that need no data.
 
     Args:
         method: `magnitude`, `random` or `first` (the lower the position, the better).
         arch: the model's shape.
-        weights: its tensors, read one by one for `magnitude` and not at all for the others.
         seed: of `random`.
+        weights: the model's tensors, for `magnitude`.
     """
     if method == "magnitude":
+        assert weights is not None, "magnitude reads weights"
         return magnitude_scores(arch, weights)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)

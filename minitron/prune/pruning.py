@@ -1,25 +1,26 @@
 """A model directory in, a smaller model directory out.
 
-Pruning is a pure function of the tensors, the scores and the target shape: no process group and no
-module, one pass over the files. Depth comes first, width second. A tensor is read, sliced, checked
-and written before the next one, so the memory needed is that of the largest tensor, whatever the
-size of the model.
+Pruning is a pure function of the tensors, the scores and the target shape: it knows no module, and
+of ranks only that they share the tensors. Depth comes first, width second. A tensor is read,
+sliced, checked and written before the next one, so the memory needed is that of the largest tensor,
+whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from minitron import artifact, metrics
+from minitron import artifact, metrics, parallel
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
-from minitron.model.weights import TensorInfo, WeightWriter
+from minitron.model.weights import TensorInfo, WeightReader, WeightWriter
 from minitron.prune.depth import kept_layers, layers_to_drop
 from minitron.prune.scores import ImportanceScores, check_scores
 from minitron.prune.width import (
@@ -119,10 +120,39 @@ def plan_pruning(
     return PruningPlan(target=target, layers=layers, width=width)
 
 
+class PrunedWeights:
+    """The tensors of a pruned model, each sliced from the source as it is read."""
+
+    def __init__(self, source: WeightReader, plan: PruningPlan) -> None:
+        self._source = source
+        self._plan = plan
+        self._axes = hf.tensor_axes(plan.target)
+        self.infos = {
+            name: TensorInfo(info.shape, source.infos[self.origin(name)[0]].dtype)
+            for name, info in hf.tensor_infos(plan.target, torch.float32).items()
+        }
+
+    def origin(self, name: str) -> tuple[str, int | None]:
+        """Name of a tensor in the source, and the layer that it belongs to there."""
+        layer, suffix = hf.split_layer_tensor(name)
+        if layer is None:
+            return name, None
+        old = self._plan.layers[layer]
+        return hf.layer_tensor(old, suffix), old
+
+    def read(self, name: str, *index: slice) -> Tensor:
+        """The named tensor, or the part of it that `index` selects."""
+        origin, layer = self.origin(name)
+        tensor = slice_tensor(self._source, origin, self._axes[name], self._plan.width, layer)
+        return tensor[index] if index else tensor
+
+
 def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
     """Write the pruned model: config, weights, tokenizer files, and `pruning.json`.
 
-    Every tensor keeps the dtype that it has in the source. The result is read back.
+    Every tensor keeps the dtype that it has in the source. All ranks call this, and share the
+    tensors; so does one process without any. The files are then opened as a model, and every
+    tensor is compared with its slice of the source.
 
     Args:
         source_dir: a Hugging Face model directory.
@@ -130,28 +160,54 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
         plan: what stays.
 
     Raises:
-        MinitronError: the source is damaged, or a tensor of it holds NaN, infinity or only zeros.
+        MinitronError: the source is damaged, a tensor of it holds NaN, infinity or only zeros, or
+            the written model is not what was sliced.
     """
-    artifact.verify(source_dir)
+    parallel.on_rank_zero(lambda: artifact.verify(source_dir))
     reader = hf.open_weights(source_dir, hf.read_architecture(source_dir))
-    dtype = reader.infos[hf.EMBEDDING].dtype
-    hf.write_config(out_dir, plan.target, dtype=dtype, base_dir=source_dir)
-    (out_dir / PRUNING_FILE).write_text(json.dumps(plan.to_dict(), separators=(",", ":")) + "\n")
+    pruned = PrunedWeights(reader, plan)
+    writer = WeightWriter(out_dir, pruned.infos)
 
-    axes = hf.tensor_axes(plan.target)
-    origins = {name: _origin(name, plan.layers) for name in axes}
-    infos = {
-        name: TensorInfo(info.shape, reader.infos[origins[name][0]].dtype)
-        for name, info in hf.tensor_infos(plan.target, dtype).items()
-    }
-    writer = WeightWriter(out_dir, infos)
-    writer.create()
-    for name, (origin, layer) in metrics.progress(origins.items(), desc="pruning", unit="tensors"):
-        tensor = slice_tensor(reader, origin, axes[name], plan.width, layer)
-        _check_values(source_dir, origin, tensor)
-        writer.write(name, tensor)
-    writer.close()
-    hf.open_weights(out_dir, hf.read_architecture(out_dir))
+    def create() -> None:
+        dtype = reader.infos[hf.EMBEDDING].dtype
+        hf.write_config(out_dir, plan.target, dtype=dtype, base_dir=source_dir)
+        text = json.dumps(plan.to_dict(), separators=(",", ":"))
+        (out_dir / PRUNING_FILE).write_text(text + "\n")
+        writer.create()
+
+    parallel.on_rank_zero(create)
+    mine = _share(pruned.infos)
+    with metrics.progress(
+        total=2 * len(mine), desc="pruning", unit="tensors", enabled=parallel.is_rank_zero()
+    ) as bar:
+        for name in mine:
+            tensor = pruned.read(name)
+            _check_values(source_dir, pruned.origin(name)[0], tensor)
+            writer.write(name, tensor)
+            bar.update(1)
+        writer.close()
+        written = hf.open_weights(out_dir, hf.read_architecture(out_dir))
+        for name in mine:
+            if not torch.equal(written.read(name), pruned.read(name)):
+                raise MinitronError(
+                    f"{out_dir}: {name} does not hold what was written; the disk or the source "
+                    "changed meanwhile: prune again"
+                )
+            bar.update(1)
+    parallel.barrier()
+
+
+def _share(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """This rank's tensors: the largest are dealt first, each to the rank with the fewest bytes."""
+    rank, ranks = parallel.world()
+    loads = [0] * ranks
+    mine = []
+    for name in sorted(infos, key=lambda name: -infos[name].num_bytes):
+        lightest = loads.index(min(loads))
+        loads[lightest] += infos[name].num_bytes
+        if lightest == rank:
+            mine.append(name)
+    return mine
 
 
 def comparison(source: Architecture, target: Architecture) -> str:
@@ -169,14 +225,6 @@ def comparison(source: Architecture, target: Architecture) -> str:
         before, after = getattr(source, name), getattr(target, name)
         rows.append((label, before, after, f"{after / before:>6.1%}"))
     return metrics.format_table(("", "source", "pruned", "kept"), rows)
-
-
-def _origin(name: str, layers: Sequence[int]) -> tuple[str, int | None]:
-    """Name and layer in the source of a tensor of the pruned model."""
-    layer, suffix = hf.split_layer_tensor(name)
-    if layer is None:
-        return name, None
-    return hf.layer_tensor(layers[layer], suffix), layers[layer]
 
 
 def _check_values(directory: Path, name: str, tensor: Tensor) -> None:

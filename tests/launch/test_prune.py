@@ -12,10 +12,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minitron import artifact, config
+from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.prune.scores import save_scores
 from tests.prune.scored import random_importance
+from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import logits, save_llama
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +141,7 @@ def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     (tmp_path / "text.txt").write_text("some text")
     sizes = ("--model", model, "--prune.ffn_hidden_size", 8)
     data = ("--data.path", tmp_path / "text.txt", "--importance.samples", 3, "--precision", "bf16")
+    data += ("--check.samples", 0)
     prune(*sizes, *data, "--out", tmp_path / "measured")
     assert calls == [(model, [str(tmp_path / "text.txt")], 3, "bf16")]
     assert artifact.read_manifest(tmp_path / "measured")["parents"].keys() == {"model"}
@@ -149,6 +152,47 @@ def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     assert len(calls) == 1
     models = [LlamaForCausalLM.from_pretrained(tmp_path / d) for d in ("measured", "stored")]
     assert torch.equal(logits(models[0]), logits(models[1]))
+
+
+def test_losses_are_those_of_the_written_model_of_the_source_and_of_chance(tmp_path):
+    """On a pipeline of two ranks, which also share the slicing; against transformers."""
+    source = save_llama(tmp_path / "model", vocab_size=VOCAB)
+    prefix = write_tokens(tmp_path / "tokens", 5 * SEQ_LENGTH + 1)
+    arguments = ("--model", tmp_path / "model", "--data.path", prefix, "--check.samples", 4)
+    arguments += ("--data.seq_length", SEQ_LENGTH, "--parallel.pipeline_model_parallel_size", 2)
+    arguments += ("--prune.ffn_hidden_size", 24, "--prune.num_layers", 3)
+    result = launch(*arguments, "--out", tmp_path / "out", torchrun=2)
+    assert result.returncode == 0, result.stderr
+    losses = artifact.read_manifest(tmp_path / "out")["metrics"]["lm_loss"]
+    student = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    for name, model in (("source", source), ("student", student)):
+        stream = torch.from_numpy(TokenStream(prefix).read(0, 4 * SEQ_LENGTH + 1))
+        inputs, labels = stream[:-1].view(-1, SEQ_LENGTH), stream[1:]
+        with torch.no_grad():
+            expected = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels)
+        assert losses[name] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(set(losses.values())) == 3
+    rows = [line.split() for line in result.stdout.splitlines()[-4:-1]]
+    assert [row[-1] for row in rows] == [f"{loss:.4f}" for loss in losses.values()]
+
+
+def test_ranks_write_the_same_files(tmp_path, model, scores):
+    sizes = ("--prune.hidden_size", 16, "--prune.num_query_groups", 1, "--prune.num_layers", 2)
+    for out, ranks in (("one", 0), ("three", 3)):
+        result = launch(
+            "--model", model, "--scores", scores, *sizes, "--out", tmp_path / out, torchrun=ranks
+        )
+        assert result.returncode == 0, result.stderr
+    one, three = (artifact.read_manifest(tmp_path / out)["files"] for out in ("one", "three"))
+    assert one == three
+
+
+def test_pruning_again_from_stored_scores_gives_the_same_bytes(tmp_path, model, scores, prune):
+    sizes = ("--prune.ffn_hidden_size", 24, "--prune.num_attention_heads", 4)
+    for out in ("first", "second"):
+        prune("--model", model, "--scores", scores, *sizes, "--out", tmp_path / out)
+    first, second = (artifact.read_manifest(tmp_path / o)["files"] for o in ("first", "second"))
+    assert first == second
 
 
 @pytest.mark.parametrize("method", ["magnitude", "random", "first"])

@@ -16,7 +16,7 @@ ARCH = hf.architecture_from_config(tiny_config().to_dict())
 def test_magnitude_is_the_norm_of_all_weights_of_a_unit(tmp_path):
     model = save_llama(tmp_path, attention_bias=True, mlp_bias=True)
     arch = hf.read_architecture(tmp_path)
-    scores = baseline_scores("magnitude", arch, hf.open_weights(tmp_path, arch), seed=0)
+    scores = baseline_scores("magnitude", arch, seed=0, weights=hf.open_weights(tmp_path, arch))
     check_scores(scores, arch)
     for i, layer in enumerate(model.model.layers):
         mlp, attn = layer.mlp, layer.self_attn
@@ -50,7 +50,7 @@ def test_magnitude_is_the_norm_of_all_weights_of_a_unit(tmp_path):
 
 
 def test_first_keeps_the_first():
-    scores = baseline_scores("first", ARCH, None, seed=0)
+    scores = baseline_scores("first", ARCH, seed=0)
     check_scores(scores, ARCH)
     target = dataclasses.replace(ARCH, hidden_size=16, ffn_hidden_size=5, num_attention_heads=4)
     plan = plan_width(ARCH, target, scores)
@@ -60,7 +60,7 @@ def test_first_keeps_the_first():
 
 
 def test_random_follows_the_seed():
-    draws = [baseline_scores("random", ARCH, None, seed=seed) for seed in (1, 1, 2)]
+    draws = [baseline_scores("random", ARCH, seed=seed) for seed in (1, 1, 2)]
     for scores in draws:
         check_scores(scores, ARCH)
     assert torch.equal(draws[0].ffn, draws[1].ffn)

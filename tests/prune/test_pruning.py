@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.model import hf
-from minitron.model.weights import INDEX_FILE, SINGLE_FILE
+from minitron.model.weights import INDEX_FILE, SINGLE_FILE, WeightWriter
 from minitron.prune.pruning import (
     PRUNING_FILE,
     plan_pruning,
@@ -404,6 +404,19 @@ def test_dropped_layers_are_not_read(tmp_path):
     save_llama(tmp_path / "model")
     break_tensor(tmp_path / "model", "model.layers.1.mlp.up_proj.weight", float("nan"))
     prune(tmp_path / "model", tmp_path / "out", drop_layers=[2])
+
+
+def test_a_disk_that_loses_what_was_written(tmp_path, monkeypatch):
+    save_llama(tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    write = WeightWriter.write
+
+    def lose(self, tensor_name, tensor):
+        write(self, tensor_name, tensor.roll(1, 0) if tensor_name == name else tensor)
+
+    monkeypatch.setattr(WeightWriter, "write", lose)
+    with pytest.raises(MinitronError, match=f"out: {name} does not hold what was written"):
+        prune(tmp_path / "model", tmp_path / "out", scores=random_scores(ARCH), hidden_size=8)
 
 
 # Broken sources.

@@ -1,0 +1,104 @@
+"""Does the pruned model still know something? Its loss beside the source's and beside chance.
+
+A slice in the wrong place gives a model that loads, runs, and is worthless. One forward pass over a
+few samples shows it: the student must be a model of language, better than the same shape cut out at
+random, which is sliced from the source as it is loaded and never written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron import metrics, platform
+from minitron.data.batches import DataConfig, EvalBatches, open_windows, prepare_data
+from minitron.data.tokenizer import find_tokenizer
+from minitron.errors import MinitronError
+from minitron.eval.perplexity import evaluate
+from minitron.model.arch import Architecture
+from minitron.model.llama import build_llama, check_parallel, freeze
+from minitron.model.sharding import open_model
+from minitron.model.weights import WeightSource
+from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from minitron.platform import Precision
+from minitron.prune.pruning import PrunedWeights, PruningPlan
+from minitron.train.objective import LanguageModeling
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """The forward pass that checks the pruned model."""
+
+    samples: int = 16
+    """Samples of `data` that it runs on; 0 for no check."""
+    micro_batch_size: int = 1
+    """Samples that one data-parallel rank takes through the model at a time."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("samples", 0), ("micro_batch_size", 1)):
+            if getattr(self, name) < lowest:
+                raise MinitronError(f"check.{name}={getattr(self, name)} must be at least {lowest}")
+
+
+def compare_losses(
+    source_dir: Path,
+    student_dir: Path,
+    random_plan: PruningPlan,
+    *,
+    data: DataConfig,
+    check: CheckConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+) -> dict[str, float]:
+    """Language-model loss of the source, of the student, and of the source pruned at random.
+
+    All ranks call this and get the same.
+
+    Raises:
+        MinitronError: the data cannot be read, the sizes do not divide, or the student's loss is
+            not finite.
+    """
+    parallel.check_seq_length(data.seq_length)
+    arch, weights = open_model(source_dir)
+    student_arch, student_weights = open_model(student_dir)
+    check_parallel(student_arch, parallel)
+    tokenizer = find_tokenizer(source_dir)
+    topology = initialize(parallel)
+    prepared = on_rank_zero(lambda: prepare_data(data, tokenizer, vocab_size=arch.vocab_size))
+    batches = EvalBatches(
+        open_windows(prepared.path, prepared.seq_length),
+        micro_batch_size=check.micro_batch_size,
+        data_parallel_rank=topology.dp_rank,
+        data_parallel_size=topology.dp_size,
+        include_remainder=False,
+        max_samples=check.samples,
+    )
+    objective = LanguageModeling()
+
+    def loss(arch: Architecture, weights: WeightSource) -> float:
+        model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
+        names = objective.validation_losses
+        return evaluate(freeze(model), batches, objective.validation, names)["val_loss"]
+
+    losses = {
+        "source": loss(arch, weights),
+        "student": loss(student_arch, student_weights),
+        "random": loss(random_plan.target, PrunedWeights(weights, random_plan)),
+    }
+    if not math.isfinite(losses["student"]):
+        raise MinitronError(
+            f"the pruned model's loss is {losses['student']}, the source's {losses['source']:.4f}; "
+            "evaluate the source, and keep more of it"
+        )
+    return losses
+
+
+def losses_table(losses: dict[str, float], source: Architecture, target: Architecture) -> str:
+    """The three losses with the parameters that they took."""
+    rows = [
+        ("source", source.num_parameters, losses["source"]),
+        ("pruned", target.num_parameters, losses["student"]),
+        ("pruned at random", target.num_parameters, losses["random"]),
+    ]
+    return metrics.format_table(("", "parameters", "lm loss"), rows)
