@@ -16,7 +16,7 @@ from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
 from minitron.model import hf
 from minitron.prune.scores import save_scores
 from tests.launch.launcher import Launch
-from tests.prune.scored import random_scores
+from tests.prune.scored import random_importance
 from tests.tiny import save_llama
 
 # isort: split
@@ -68,7 +68,7 @@ def world(tmp_path_factory, forked):
     os.truncate(root / "cut.bin", 500)
 
     (root / "scores").mkdir()
-    save_scores(root / "scores", random_scores(hf.read_architecture(root / "model")))
+    save_scores(root / "scores", random_importance(hf.read_architecture(root / "model")))
     artifact.write_manifest(
         root / "scores", stage="importance", recipe={}, parents={"model": root / "model"}
     )
