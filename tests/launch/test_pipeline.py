@@ -205,10 +205,12 @@ def test_evaluation_is_what_transformers_computes(demo):
 def test_scores_cover_the_whole_model(demo):
     scores = load_file(demo / "scores" / "scores.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in scores.items()}
-    assert shapes == {
-        "hidden": (LAYERS, HIDDEN),
-        "ffn": (LAYERS, FFN),
-        "heads": (LAYERS, 4),
+    assert shapes == {  # three aggregations over samples times three over the sequence
+        "hidden": (3, 3, LAYERS, HIDDEN),
+        "hidden_total": (3, 3, HIDDEN),
+        "ffn": (3, 3, LAYERS, FFN),
+        "heads": (3, 3, LAYERS, 4),
+        "query_groups": (3, 3, LAYERS, 2),
         "block_influence": (LAYERS,),
     }
     assert all(tensor.dtype == torch.float32 and (tensor > 0).all() for tensor in scores.values())
