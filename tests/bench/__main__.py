@@ -166,7 +166,8 @@ def _processor() -> str:
 _PAGE = """# Kernels on a CPU
 
 Written by `make bench`; the same numbers as JSON are in kernels_cpu.json. Variants of a case run in
-turn and a time is the median of the rounds, so ratios hold on a busy machine, milliseconds do not.
+turn and a time is the median of the rounds. On a machine that others use too (see its load), only
+ratios mean anything, and even those vary from run to run: kernels.md says by how much.
 "GB/s" is what the variant must move at least, divided by its time; "of copy" compares that with
 a copy measured in the same rounds.
 
