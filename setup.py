@@ -1,13 +1,11 @@
-"""Build hook of minitron: the C++/CUDA extension `minitron._C` of csrc/.
+"""Build hook of minitron: the C++ extension `minitron._C` of csrc/.
 
 Everything declarative lives in pyproject.toml. The extension is optional: without it, every op runs
-its PyTorch reference. CPU kernels are compiled once per instruction set from one source; CUDA
-kernels, which know nothing of torch, are added by plain nvcc where CUDA_HOME is set. torch's own
-extension builder does neither: it has one set of flags for all files, and refuses CUDA where torch
-is a CPU build.
+its PyTorch reference. Kernels are compiled once per instruction set from one source, which torch's
+own extension builder, with one set of flags for all files, does not do.
 
     MINITRON_BUILD_EXT=0    do not build it
-    CUDA_HOME=/usr/local/cuda    build CUDA kernels too
+    CXX=clang++             the compiler, c++ by default
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 #include "../cpu/activations.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "check.h"
+#include "parallel.h"
 
 namespace minitron {
 namespace {
@@ -32,8 +32,9 @@ Tensor stats(const Tensor& x, int64_t group) {
     double* const to = out.mutable_data_ptr<double>();
     const int64_t block = group > 1 ? group : kColumnBlock;
     const auto kernel = activation_stats_on_this_cpu(cpu_capability());
-    at::parallel_for(0, (rows.columns + block - 1) / block, 1,
-                     [&](int64_t begin, int64_t end) { kernel(rows, begin, end, to); });
+    const int64_t least = group > 1 ? 1 : 16;  // a row's part should be long enough to prefetch
+    share_out((rows.columns + block - 1) / block, least,
+              [&](int64_t begin, int64_t end) { kernel(rows, begin, end, to); });
     return out;
 }
 
@@ -48,8 +49,8 @@ Tensor cosine(const Tensor& before, const Tensor& after) {
     float* const to = out.mutable_data_ptr<float>();
     const void* const other = after.const_data_ptr();
     const auto kernel = block_cosine_on_this_cpu(cpu_capability());
-    at::parallel_for(0, rows.rows, 16,
-                     [&](int64_t begin, int64_t end) { kernel(rows, other, begin, end, to); });
+    share_out(rows.rows, 16,
+              [&](int64_t begin, int64_t end) { kernel(rows, other, begin, end, to); });
     return out;
 }
 

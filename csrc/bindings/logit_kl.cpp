@@ -2,7 +2,6 @@
 
 #include "../cpu/logit_kl.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "parallel.h"
 
 namespace minitron {
 namespace {
@@ -68,8 +68,8 @@ Tensor statistics(const Tensor& student, const Tensor& teacher, const std::optio
     Tensor out = at::empty({student.size(0), kNumStatistics}, student.options().dtype(at::kFloat));
     const auto kernel = logit_kl_statistics_on_this_cpu(cpu_capability());
     float* const to = out.mutable_data_ptr<float>();
-    at::parallel_for(0, student.size(0), 1,
-                     [&](int64_t begin, int64_t end) { kernel(args, begin, end, to); });
+    share_out(student.size(0), 1,
+              [&](int64_t begin, int64_t end) { kernel(args, begin, end, to); });
     return out;
 }
 
@@ -110,8 +110,8 @@ void gradient(const Tensor& student, const Tensor& teacher, const std::optional<
     const auto to = gradient_to(destination, student, weights);
     const float* const from = checked<float>(merged, {student.size(0), kNumStatistics}, "merged");
     const auto kernel = logit_kl_gradient_on_this_cpu(cpu_capability());
-    at::parallel_for(0, student.size(0), 1,
-                     [&](int64_t begin, int64_t end) { kernel(args, to, from, begin, end); });
+    share_out(student.size(0), 1,
+              [&](int64_t begin, int64_t end) { kernel(args, to, from, begin, end); });
 }
 
 Tensor fused(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
@@ -123,7 +123,7 @@ Tensor fused(const Tensor& student, const Tensor& teacher, const std::optional<T
     Tensor out = at::empty({student.size(0), kNumStatistics}, student.options().dtype(at::kFloat));
     const auto kernel = logit_kl_fused_on_this_cpu(cpu_capability());
     float* const statistics = out.mutable_data_ptr<float>();
-    at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) {
+    share_out(student.size(0), 1, [&](int64_t begin, int64_t end) {
         // Kept between calls: fresh memory of this size would be mapped, and faulted in, every time.
         thread_local std::vector<float> scratch;
         const size_t size = logit_kl_scratch(valid_columns);

@@ -29,11 +29,6 @@ pybind11::dict build_information() {
     pybind11::dict d;
     d["compiler"] = __VERSION__;
     d["cpu_capability"] = std::string(minitron::cpu_capability());
-#if defined(MINITRON_CUDA)
-    d["cuda_architectures"] = MINITRON_CUDA;
-#else
-    d["cuda_architectures"] = "";
-#endif
     return d;
 }
 

@@ -4,8 +4,9 @@
 // follow take its maxima as their references. Where that was too bold, because a tile's sums got
 // large or are not finite, the tile is done again from its own maxima and with every guard.
 //
-// The fused kernel keeps the exponentials in a scratch row that fits the second-level cache: the
-// gradient is then a multiplication and a subtraction, and each logit is read from memory once.
+// The fused kernel takes a row's gradient while its logits are in the second-level cache, so that
+// each is read from memory once. For bf16 it keeps the exponentials there: the gradient is then a
+// multiplication and a subtraction. In fp32 that costs more traffic than it saves arithmetic.
 
 #include "logit_kl.h"
 
@@ -219,7 +220,7 @@ void gradient_row(const S* s, const T* t, S* to, const KLStatistics& r,
 template <bool kReverse, bool kUnitSum, typename S, typename T>
 void fused_row(const S* s, const T* t, S* to, KLStatistics& r, const LogitKLArguments& args,
                const LogitKLGradient& out, float* scratch, int64_t row) {
-    if constexpr (kReverse || kUnitSum) {  // the exponentials alone do not give these
+    if constexpr (kReverse || kUnitSum || std::is_same_v<S, float>) {
         r = row_statistics<kReverse, kUnitSum, false>(s, t, args, row);
         gradient_row<kReverse, kUnitSum>(s, t, to, r, args, out, row);
         return;

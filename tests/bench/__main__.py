@@ -21,9 +21,16 @@ from typing import Any
 
 import torch
 
+from tests.bench import linear_kl
 from tests.bench.runner import measure
 
-OPS = ("logit_kl", "activation_stats", "block_cosine")
+OPS = ("logit_kl", "activation_stats", "block_cosine", "linear_kl")
+# Peak memory of linear_kl, and of what it replaces where that fits a small machine.
+PEAKS = (
+    ("eager", {"tokens": 1024, "hidden": 64, "vocabulary": 128256}),
+    ("linear_kl", {"tokens": 1024, "hidden": 64, "vocabulary": 128256}),
+    ("linear_kl", {"tokens": 8192, "hidden": 64, "vocabulary": 128256}),
+)
 WARM_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -41,6 +48,7 @@ def main() -> None:
     parser.add_argument("--allocator", choices=list(ALLOCATORS), action="append")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--child", choices=OPS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
@@ -48,23 +56,41 @@ def main() -> None:
             rows = [dataclasses.asdict(row) for row in measure(case, rounds=args.rounds)]
             print(json.dumps(rows), flush=True)
         return
+    if args.peak is not None:
+        variant, sizes = PEAKS[args.peak]
+        print(json.dumps({"variant": variant, **sizes, "mb": linear_kl.peak(variant, **sizes)}))
+        return
     results: list[dict[str, Any]] = []
     for op in args.ops or OPS:
         for allocator in args.allocator or ALLOCATORS:
             for row in _child(op, allocator, args):
                 results.append({"allocator": allocator, **row})
                 print(_line(results[-1]), flush=True)
-    _write(args.out, results, args)
+    peaks = []
+    if "linear_kl" in (args.ops or OPS):
+        for number in range(len(PEAKS)):
+            peaks.append(_run("default", args, "--peak", str(number))[0])
+            print(_peak_line(peaks[-1]), flush=True)
+    _write(args.out, results, peaks, args)
 
 
 def _child(op: str, allocator: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.bench", "--child", op]
+    return [row for case in _run(allocator, args, "--child", op) for row in case]
+
+
+def _run(allocator: str, args: argparse.Namespace, *arguments: str) -> list[Any]:
+    """What a process of its own prints, a JSON value a line."""
+    command = [sys.executable, "-m", "tests.bench", *arguments]
     command += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
     environment = {**os.environ, **ALLOCATORS[allocator]}
     output = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
-    return [row for line in output.splitlines() for row in json.loads(line)]
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def _peak_line(row: dict[str, Any]) -> str:
+    return "| {variant} | {tokens} | {hidden} | {vocabulary} | {mb:.0f} |".format(**row)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -103,7 +129,12 @@ _HEADER = (
 )
 
 
-def _write(directory: Path, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def _write(
+    directory: Path,
+    results: list[dict[str, Any]],
+    peaks: list[dict[str, Any]],
+    args: argparse.Namespace,
+) -> None:
     machine = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": _processor(),
@@ -116,11 +147,14 @@ def _write(directory: Path, results: list[dict[str, Any]], args: argparse.Namesp
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "kernels_cpu.json").write_text(
-        json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
+        json.dumps({"machine": machine, "results": results, "peaks": peaks}, indent=1) + "\n"
     )
     described = ", ".join(f"{key} {value}" for key, value in machine.items())
     table = "\n".join([_HEADER, *map(_line, results)])
-    (directory / "kernels_cpu.md").write_text(_PAGE.format(described=described, table=table))
+    memory = "\n".join(map(_peak_line, peaks))
+    (directory / "kernels_cpu.md").write_text(
+        _PAGE.format(described=described, table=table, memory=memory)
+    )
 
 
 def _processor() -> str:
@@ -132,7 +166,8 @@ def _processor() -> str:
 _PAGE = """# Kernels on a CPU
 
 Written by `make bench`; the same numbers as JSON are in kernels_cpu.json. Variants of a case run in
-turn and a time is the median of the rounds, so ratios hold on a busy machine, milliseconds do not.
+turn and a time is the median of the rounds. On a machine that others use too (see its load), only
+ratios mean anything, and even those vary from run to run: kernels.md says by how much.
 "GB/s" is what the variant must move at least, divided by its time; "of copy" compares that with
 a copy measured in the same rounds.
 
@@ -141,6 +176,15 @@ No kernel has run on a GPU yet; there are no GPU numbers.
 {described}
 
 {table}
+
+## Peak memory of linear_kl
+
+What one step, forward and backward, adds to the process's peak, in chunks of 256 tokens: two
+chunks of logits, gradients of the hidden states and of the head, and what the GEMMs take.
+
+| variant | tokens | hidden size | vocabulary | MB |
+|---|---|---|---|---|
+{memory}
 """
 
 
