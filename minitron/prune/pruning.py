@@ -1,17 +1,19 @@
 """A model directory in, a smaller model directory out.
 
 Pruning is a pure function of the tensors, the scores and the target shape: it knows no module, and
-of ranks only that they share the tensors. Depth comes first, width second. A tensor is read,
-sliced, checked and written before the next one, so the memory needed is that of the largest tensor,
-whatever the size of the model.
+of ranks only that they share the tensors. Depth comes first, width second. While a tensor is sliced
+the one before it is written and read back, so the memory needed is that of two tensors, whatever
+the size of the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ from minitron.prune.width import (
     same_width,
     slice_tensor,
 )
+
+T = TypeVar("T")
 
 PRUNING_FILE = "pruning.json"
 
@@ -151,8 +155,8 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
     """Write the pruned model: config, weights, tokenizer files, and `pruning.json`.
 
     Every tensor keeps the dtype that it has in the source. All ranks call this, and share the
-    tensors; so does one process without any. The files are then opened as a model, and every
-    tensor is compared with its slice of the source.
+    tensors; so does one process without any. What was written is opened as a model, and every
+    tensor compared with its slice of the source.
 
     Args:
         source_dir: a Hugging Face model directory.
@@ -176,25 +180,46 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
         writer.create()
 
     parallel.on_rank_zero(create)
+    # The headers are final, so that what is written can be read back at once, as others will.
+    written = hf.open_weights(out_dir, hf.read_architecture(out_dir))
     mine = _share(pruned.infos)
-    with metrics.progress(
-        total=2 * len(mine), desc="pruning", unit="tensors", enabled=parallel.is_rank_zero()
-    ) as bar:
-        for name in mine:
-            tensor = pruned.read(name)
-            _check_values(source_dir, pruned.origin(name)[0], tensor)
-            writer.write(name, tensor)
-            bar.update(1)
-        writer.close()
-        written = hf.open_weights(out_dir, hf.read_architecture(out_dir))
-        for name in mine:
-            if not torch.equal(written.read(name), pruned.read(name)):
-                raise MinitronError(
-                    f"{out_dir}: {name} does not hold what was written; the disk or the source "
-                    "changed meanwhile: prune again"
-                )
-            bar.update(1)
+
+    def slice_(name: str) -> tuple[str, Tensor]:
+        tensor = pruned.read(name)
+        _check_values(source_dir, pruned.origin(name)[0], tensor)
+        return name, tensor
+
+    for name, tensor in metrics.progress(
+        _one_ahead(slice_, mine),
+        total=len(mine),
+        desc="pruning",
+        unit="tensors",
+        enabled=parallel.is_rank_zero(),
+    ):
+        writer.write(name, tensor)
+        if not torch.equal(_bits(written.read(name)), _bits(tensor)):
+            raise MinitronError(
+                f"{out_dir}: {name} does not hold what was written; the disk or the source "
+                "changed meanwhile: prune again"
+            )
+    writer.close()
     parallel.barrier()
+
+
+def _one_ahead(function: Callable[[str], T], items: Sequence[str]) -> Iterator[T]:
+    """Results in order; while one is being used, a thread works on the next."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = [pool.submit(function, item) for item in items[:1]]
+        for item in items[1:]:
+            result = pending.pop().result()
+            pending.append(pool.submit(function, item))
+            yield result
+        yield from (last.result() for last in pending)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: compared as such several times as fast as halves are."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _share(infos: Mapping[str, TensorInfo]) -> list[str]:

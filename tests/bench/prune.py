@@ -13,11 +13,11 @@ import functools
 import itertools
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,22 +132,31 @@ def prune(source: Path, out: Path, keys: dict[str, int]) -> None:
     prune_model(source, out, plan_pruning(arch, PruneConfig(**keys).target(arch), scores))
 
 
-def in_process(function: Callable[..., None], *arguments: object) -> float:
-    """Run in a fresh process; its peak memory in GB above what its imports take."""
+def peak_memory(function: Callable[..., None], *arguments: object) -> float:
+    """Run in a fresh process; GB that it adds to what its imports take, without mapped files."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_measured, args=(queue, function, *arguments))
+    process = context.Process(target=_measure, args=(queue, function, *arguments))
     process.start()
     peak = queue.get()
     process.join()
     return peak
 
 
-def _measured(queue: multiprocessing.Queue, function: Callable[..., None], *args: object) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    function(*args)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put((after - before) * 1024 / GB)
+def _measure(queue: multiprocessing.Queue, function: Callable[..., None], *args: object) -> None:
+    before = peak = _anonymous_memory()
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    while thread.is_alive():
+        peak = max(peak, _anonymous_memory())
+        time.sleep(0.002)
+    queue.put((peak - before) / GB)
+
+
+def _anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
@@ -174,7 +183,7 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
     for name, keys in cases.items():
         rows.append((name, *alternate(cp, functools.partial(prune, source, out, keys), rounds)))
         shutil.rmtree(out)
-        peak = max(peak, in_process(prune, source, out, keys))
+        peak = max(peak, peak_memory(prune, source, out, keys))
         if name == "same shape":
             start = time.perf_counter()
             artifact.write_manifest(out, stage="prune", recipe={}, parents={})

@@ -208,6 +208,21 @@ MISTAKES = {
         ("--model", "model", "--prune.num_layers", 2),
         "needs importance scores; give --scores.path .* or --data.path",
     ),
+    "trials that were not made": (
+        "prune",
+        (*PRUNE, "--prune.num_layers", 2, "--prune.layer_ranking", "greedy"),
+        "scores/depth.json does not exist; run launch/importance.py with --depth.layers",
+    ),
+    "trials of too many layers": (
+        "importance",
+        (*EVAL, "--depth.greedy", 4),
+        "depth.greedy=4 leaves none of the model's 4 layers; choose at most 3",
+    ),
+    "more query heads than groups hold": (
+        "prune",
+        (*PRUNE, "--prune.num_query_groups", 1, "--prune.num_attention_heads", 8),
+        "are 8 query heads each, but a key/value head of the model has 4; choose at most 1 x 4 = 4",
+    ),
     "layer that is not there": (
         "prune",
         ("--model", "model", "--prune.drop_layers", 5),
