@@ -142,6 +142,9 @@ class _LinearKL(torch.autograd.Function):
         pending = None
         for first in range(0, student.size(0), chunk_tokens):
             chunk = slice(first, first + chunk_tokens)
+            if tp_group is None or tp_group.size() == 1:  # nothing goes on meanwhile
+                finish(chunk, start(chunk))
+                continue
             started = start(chunk)
             if pending is not None:
                 finish(*pending)
