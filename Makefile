@@ -24,7 +24,8 @@ demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 8
 test: .venv/.dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-bench: .venv/.dev ## Measure what importance and pruning cost; needs 9 GB of disk
+bench: .venv/.dev ## Time the kernels and pruning, about 20 minutes and 9 GB of disk; writes docs/results
+	$(BIN)/python -m tests.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
 
 lint: .venv/.dev ## Check style and types
@@ -38,13 +39,14 @@ clean: ## Remove builds, caches and the demo's output, but not .venv
 
 # The stamps repeat an installation when what it depends on has changed.
 .venv/.dev: .venv/.runtime
-	$(INSTALL) --editable '.[dev]'
+	MINITRON_BUILD_EXT=0 $(INSTALL) --no-build-isolation --editable '.[dev]' # built already
 	touch $@
 
-# torch first: with it in place nothing else resolves to another build of it.
-.venv/.runtime: pyproject.toml setup.py constraints.txt | $(BIN)/python
-	$(INSTALL) torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(INSTALL) --editable '.[plot]'
+# torch first: with it in place nothing else resolves to another build of it, and the kernels of
+# csrc/ are built for it.
+.venv/.runtime: pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(BIN)/python
+	$(INSTALL) torch setuptools $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(INSTALL) --no-build-isolation --editable '.[plot]'
 	touch $@
 
 $(BIN)/python:

@@ -11,8 +11,7 @@ from minitron.data.batches import Batch
 from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
-from minitron.ops.logit_kl import logit_kl
-from minitron.train.objective import language_modeling_loss
+from minitron.ops.linear_kl import LinearKL, linear_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,24 +51,29 @@ class LogitDistillation:
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
         """`kl` [s, b], which is also the `loss`."""
-        kl = self._kl(model, model.logits(hidden), index)
+        kl = self._losses(model, hidden, batch, index, labels=None).forward_kl
         return {"loss": kl, "kl": kl}
 
     def validation(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
         """The student's own cross-entropy `val_loss` and its divergence `val_kl`, both [s, b]."""
-        logits = model.logits(hidden)
-        return {
-            "val_loss": language_modeling_loss(model, logits, batch),
-            "val_kl": self._kl(model, logits, index),
-        }
+        losses = self._losses(model, hidden, batch, index, labels=batch.labels.t())
+        assert losses.cross_entropy is not None
+        return {"val_loss": losses.cross_entropy, "val_kl": losses.forward_kl}
 
-    def _kl(self, model: LlamaModel, logits: Tensor, index: int) -> Tensor:
-        return logit_kl(
-            logits,
-            self._teacher.logits(index),
+    def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, labels: Tensor | None
+    ) -> LinearKL:
+        return linear_kl(
+            hidden,
+            model.head,
+            self._teacher.take(index),
+            self._teacher.model.head,
+            token_weights=batch.loss_mask.t(),
             valid_columns=model.valid_columns,
+            labels=labels,
             temperature=self._config.temperature,
+            sequence_parallel=model.config.sequence_parallel,
             tp_group=model.topology.groups.tp,
         )

@@ -37,6 +37,6 @@ class Teacher:
 
         run_schedule(self.model, microbatches, keep, forward_only=True)
 
-    def logits(self, index: int) -> Tensor:
-        """Vocabulary-parallel logits [s, b, v/t] of a micro-batch; its hidden states are let go."""
-        return self.model.logits(self._hidden.pop(index))
+    def take(self, index: int) -> Tensor:
+        """Final hidden states [s, b, h] or [s/t, b, h] of a micro-batch, which are let go."""
+        return self._hidden.pop(index)

@@ -70,9 +70,13 @@ class LlamaModel(GPTModel):
 
         The last `padded - vocab_size` columns of the last ranks are padding: see `valid_columns`.
         """
+        return self.output_layer(hidden, weight=self.head)[0]
+
+    @property
+    def head(self) -> Tensor:
+        """This rank's rows [v/t, h] of the matrix that turns hidden states into logits."""
         shared = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if shared else None
-        return self.output_layer(hidden, weight=weight)[0]
+        return self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
 
     @property
     def valid_columns(self) -> int:

@@ -1,33 +1,82 @@
-"""Forward KL divergence between vocabulary-parallel logits of a teacher and a student.
+"""Losses between a student's and a teacher's vocabulary-parallel logits, from one sweep over both.
 
-With x = student/τ and y = teacher/τ, a rank reads its columns once and keeps five numbers a token:
+With s and t the logits, m and n references close to their maxima, x = (s−m)/τ and y = (t−n)/τ, a
+rank reads its columns once and keeps eight numbers a token:
 
-    m = max x,  n = max y,  a = Σ e^(x−m),  b = Σ e^(y−n),  c = Σ e^(y−n) [(y−n) − (x−m)]
+    m,  n,  a = Σ e^x,  b = Σ e^y,  c = Σ e^y (y−x),  d = Σ e^x (x−y),  e = Σ e^(s−m),  l = s[label]
 
-Over all ranks, with M = max m_r, N = max n_r and w_r = e^(n_r−N),
+Sets of columns merge by moving their sums to common references (csrc/include/kl_merge.h), so one
+all-gather serves any number of ranks, and over the whole vocabulary
 
-    A = Σ a_r e^(m_r−M),  B = Σ b_r w_r,  C = Σ w_r [c_r + b_r ((n_r−N) − (m_r−M))]
-    KL = C/B − ln B + ln A            (the maxima cancel)
-    ∂KL/∂student = (1/τ) (e^(x−M)/A − e^(y−N)/B)
+    forward KL(q ‖ p) = C/B − ln B + ln A        (the references cancel)
+    reverse KL(p ‖ q) = D/A − ln A + ln B
+    cross-entropy     = M + ln E − L             z-loss = (M + ln E)²
 
-The cross term is centred on both maxima: uncentred, a teacher whose logits share a large offset
-loses the KL in rounding.
+The gradient needs no collective. It is recomputed from the saved statistics, e.g. for forward KL
+(1/τ)(e^x/A − e^y/B), because gradients written in the forward pass meet the incoming
+gradient only after they were rounded. No collective enters autograd: three published
+implementations do that and return a right loss with a gradient wrong by the group's size.
+
+The cross terms are centred on both references: uncentred, a teacher whose logits share a large
+offset loses the KL in rounding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.vocab_parallel import (
-    NO_COLUMNS,
-    accumulation_dtype,
-    gather_statistics,
-    token_chunks,
+from minitron.ops import logit_kl_reference as reference
+from minitron.ops.library import define
+from minitron.ops.vocab_parallel import accumulation_dtype, gather_statistics, start_gathering
+
+Destination = Literal["new", "student", "teacher"]
+
+_LOGITS = "Tensor student, Tensor teacher, Tensor? labels, Tensor? mask"
+_OPTIONS = "float temperature, bool reverse, bool unit_sum"
+
+_statistics = define(
+    f"logit_kl_statistics({_LOGITS}, int valid_columns, int label_offset, {_OPTIONS}) -> Tensor",
+    reference=reference.statistics,
+    fake=lambda student, *_: _new_statistics(student),
 )
+_merge = define(
+    "logit_kl_merge(Tensor gathered, Tensor? mask, float temperature) -> (Tensor, Tensor)",
+    reference=reference.merge,
+    fake=lambda gathered, *_: (
+        gathered.new_empty(4, gathered.size(1)),
+        gathered.new_empty(gathered.shape[1:]),
+    ),
+)
+_gradient = define(
+    f"logit_kl_gradient({_LOGITS}, Tensor merged, Tensor weights, int valid_columns,"
+    f" int label_offset, {_OPTIONS}, Tensor(a!) destination) -> ()",
+    reference=reference.gradient,
+    fake=lambda *_: None,
+)
+_fused = define(
+    f"logit_kl_fused({_LOGITS}, Tensor weights, int valid_columns, {_OPTIONS},"
+    " Tensor(a!) destination) -> Tensor",
+    reference=reference.fused,
+    fake=lambda student, *_: _new_statistics(student),
+)
+
+
+class LogitLosses(NamedTuple):
+    """Per-token losses [s, b] in nats, the same on every rank."""
+
+    forward_kl: Tensor
+    """KL(teacher || student) at τ."""
+    reverse_kl: Tensor | None
+    """KL(student || teacher) at τ; None unless asked for."""
+    cross_entropy: Tensor | None
+    """Of the student with the labels, at τ = 1; None without labels."""
+    z_loss: Tensor | None
+    """(ln Σ e^s)² of the student, at τ = 1; None unless asked for."""
 
 
 def logit_kl(
@@ -36,27 +85,66 @@ def logit_kl(
     *,
     valid_columns: int,
     temperature: float = 1.0,
+    temperature_power: float = 0.0,
+    loss_mask: Tensor | None = None,
+    gradient: Destination = "new",
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Forward KL(teacher || student) per token.
+    """Forward KL(teacher || student) per token; `logit_losses` has the arguments.
 
-    Not multiplied by any power of the temperature. A token to which the student gives no
-    probability (−inf) and the teacher some makes the loss +inf; where the teacher gives none, it
-    counts nothing.
+    Returns:
+        [s, b] loss in nats, the same on every rank, in fp32 (fp64 for fp64 logits).
+    """
+    return logit_losses(
+        student,
+        teacher,
+        valid_columns=valid_columns,
+        temperature=temperature,
+        temperature_power=temperature_power,
+        loss_mask=loss_mask,
+        gradient=gradient,
+        tp_group=tp_group,
+    ).forward_kl
+
+
+def logit_losses(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    valid_columns: int,
+    labels: Tensor | None = None,
+    reverse: bool = False,
+    z_loss: bool = False,
+    temperature: float = 1.0,
+    temperature_power: float = 0.0,
+    loss_mask: Tensor | None = None,
+    gradient: Destination = "new",
+    tp_group: dist.ProcessGroup | None = None,
+) -> LogitLosses:
+    """Several losses from one sweep and one collective; their weighted sum costs one gradient.
+
+    A token to which the student gives no probability (−inf) and the teacher some makes the forward
+    KL +inf; where the teacher gives none, it counts nothing. The reverse KL mirrors that.
 
     Args:
         student: [s, b, v/t] raw logits.
         teacher: [s, b, v/t] raw logits, no gradient.
         valid_columns: leading columns that stand for a token; the rest are padding, excluded from
             every sum and given a gradient of exactly zero.
-        temperature: τ, divides both logits.
+        labels: [s, b] token ids in the whole vocabulary.
+        reverse: also the reverse KL.
+        z_loss: also the z-loss.
+        temperature: τ, divides both logits in the divergences.
+        temperature_power: the divergences are multiplied by this power of τ; 2 keeps their gradient
+            independent of τ, as in arXiv:1503.02531.
+        loss_mask: [s, b]; where it is zero, logits are not read, losses and gradients are zero.
+        gradient: where the backward pass writes the gradient: into new memory, or over the logits
+            of the student or of the teacher (of the same dtype), which nobody may use after that.
         tp_group: the ranks that share the vocabulary; None for one rank.
 
-    Returns:
-        [s, b] loss in nats, the same on every rank, in fp32 (fp64 for fp64 logits).
-
     Raises:
-        ValueError: the two shards differ in shape.
+        ValueError: the two shards differ in shape, or the teacher's memory cannot take a gradient
+            of the student's dtype.
 
     Source: arXiv:1503.02531; arXiv:2407.14679.
     """
@@ -64,64 +152,174 @@ def logit_kl(
         raise ValueError(
             f"student logits {list(student.shape)} and teacher logits {list(teacher.shape)} differ"
         )
-    return _LogitKL.apply(student, teacher.detach(), valid_columns, temperature, tp_group)
+    if gradient == "teacher" and student.dtype != teacher.dtype:
+        raise ValueError(f"a {student.dtype} gradient does not fit {teacher.dtype} teacher logits")
+    losses = _LogitLosses.apply(
+        student,
+        teacher.detach(),
+        labels,
+        None if loss_mask is None else loss_mask != 0,
+        valid_columns,
+        temperature,
+        reverse,
+        labels is not None or z_loss,
+        gradient,
+        tp_group,
+    )
+    forward_kl, reverse_kl, cross_entropy, z = losses
+    factor = temperature**temperature_power
+    return LogitLosses(
+        forward_kl * factor if factor != 1 else forward_kl,
+        reverse_kl * factor if reverse else None,
+        cross_entropy if labels is not None else None,
+        z if z_loss else None,
+    )
 
 
-class _LogitKL(torch.autograd.Function):
+def logit_losses_and_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    *,
+    valid_columns: int,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    destination: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses and, at once, the gradient of their weighted sum; not differentiable itself.
+
+    Where the vocabulary is whole on a rank, each row of logits is read from memory once.
+
+    Args:
+        student: [tokens, v/t] raw logits.
+        teacher: [tokens, v/t] raw logits.
+        weights: [4, tokens] of forward KL, reverse KL, cross-entropy and z-loss, in fp32.
+        valid_columns: as in `logit_losses`.
+        labels: [tokens] token ids in the whole vocabulary.
+        mask: [tokens] bool; where False, logits are not read.
+        reverse: whether the weights of the reverse KL count.
+        temperature: τ.
+        destination: [tokens, v/t] takes the gradient; may be `student` or `teacher`; None for new.
+        tp_group: the ranks that share the vocabulary; None for one rank.
+
+    Returns:
+        Losses [4, tokens] (of those not asked for, undefined) and the gradient [tokens, v/t].
+    """
+    return start_logit_losses(
+        student,
+        teacher,
+        weights,
+        valid_columns=valid_columns,
+        labels=labels,
+        mask=mask,
+        reverse=reverse,
+        temperature=temperature,
+        destination=torch.empty_like(student) if destination is None else destination,
+        tp_group=tp_group,
+    )()
+
+
+def start_logit_losses(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    *,
+    valid_columns: int,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    destination: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Begin `logit_losses_and_gradient`: all up to the collective, which goes on in the background.
+
+    Args:
+        student: as there, like all that is not named here.
+        teacher: as there.
+        weights: as there; None for the losses alone.
+        valid_columns: as there.
+        labels: as there.
+        mask: as there.
+        reverse: as there.
+        temperature: as there.
+        destination: as there, but None for the student's logits.
+        tp_group: as there.
+
+    Returns:
+        What ends it: to be called once, returns the losses and `destination`.
+    """
+    destination = student if destination is None else destination
+    options = (temperature, reverse, labels is not None)
+    rank, size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+    if size == 1 and weights is not None:
+        fused = _fused(
+            student, teacher, labels, mask, weights, valid_columns, *options, destination
+        )
+        return lambda: (_merge(fused.unsqueeze(0), mask, temperature)[0], destination)
+    columns = (valid_columns, rank * student.size(1))
+    wait = start_gathering(
+        _statistics(student, teacher, labels, mask, *columns, *options), tp_group
+    )
+
+    def finish() -> tuple[Tensor, Tensor]:
+        losses, merged = _merge(wait(), mask, temperature)
+        if weights is not None:
+            rows = (student, teacher, labels, mask)
+            _gradient(*rows, merged, weights, *columns, *options, destination)
+        return losses, destination
+
+    return finish
+
+
+class _LogitLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
         valid_columns: int,
         temperature: float,
+        reverse: bool,
+        unit_sum: bool,
+        destination: Destination,
         tp_group: dist.ProcessGroup | None,
-    ) -> Tensor:
-        student_rows, teacher_rows = student.flatten(0, -2), teacher.flatten(0, -2)
-        dtype = accumulation_dtype(student.dtype)
-        statistics = student.new_zeros(student_rows.size(0), 5, dtype=dtype)
-        m, n, a, b, c = statistics.unbind(1)
-        m.fill_(NO_COLUMNS)
-        n.fill_(NO_COLUMNS)
-        if valid_columns:
-            for chunk in token_chunks(*student_rows.shape):
-                x = student_rows[chunk, :valid_columns].to(dtype) / temperature
-                y = teacher_rows[chunk, :valid_columns].to(dtype) / temperature
-                m[chunk], n[chunk] = x.amax(1), y.amax(1)
-                x.sub_(m[chunk, None])
-                y.sub_(n[chunk, None])
-                q = y.exp()
-                a[chunk], b[chunk] = x.exp().sum(1), q.sum(1)
-                c[chunk] = torch.where(q > 0, q * (y - x), 0).sum(1)
-
-        gathered = gather_statistics(statistics, tp_group)  # [t, tokens, 5]
-        m, n, a, b, c = gathered.unbind(2)
-        student_max, teacher_max = m.amax(0), n.amax(0)
-        m, n = m - student_max, n - teacher_max
-        w = n.exp()
-        student_sum, teacher_sum = (a * m.exp()).sum(0), (b * w).sum(0)
-        cross = torch.where(w > 0, w * (c + b * (n - m)), 0).sum(0)
-        kl = cross / teacher_sum - teacher_sum.log() + student_sum.log()
-
-        ctx.save_for_backward(
-            student, teacher, student_max + student_sum.log(), teacher_max + teacher_sum.log()
-        )
-        ctx.valid_columns, ctx.temperature = valid_columns, temperature
-        return kl.view(student.shape[:-1])
+    ) -> tuple[Tensor, ...]:
+        rank = tp_group.rank() if tp_group is not None else 0
+        ctx.options = (valid_columns, rank * student.size(-1), temperature, reverse, unit_sum)
+        ctx.destination = destination
+        ctx.set_materialize_grads(False)
+        if labels is not None:
+            labels = labels.flatten()
+        if mask is not None:
+            mask = mask.flatten()
+        rows = (student.flatten(0, -2), teacher.flatten(0, -2), labels, mask)
+        statistics = _statistics(*rows, *ctx.options)
+        losses, merged = _merge(gather_statistics(statistics, tp_group), mask, temperature)
+        ctx.save_for_backward(student, teacher, labels, mask, merged)
+        return losses.view(4, *student.shape[:-1]).unbind(0)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, student_log_sum, teacher_log_sum = ctx.saved_tensors
-        valid, temperature = ctx.valid_columns, ctx.temperature
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        student, teacher, labels, mask, merged = ctx.saved_tensors
         student_rows, teacher_rows = student.flatten(0, -2), teacher.flatten(0, -2)
-        dtype = student_log_sum.dtype
-        scale = grad_outputs[0].flatten()[:, None] / temperature  # [tokens, 1]
-        grad = torch.zeros_like(student_rows, memory_format=torch.contiguous_format)
-        if valid:
-            for chunk in token_chunks(*student_rows.shape):
-                x = student_rows[chunk, :valid].to(dtype) / temperature
-                y = teacher_rows[chunk, :valid].to(dtype) / temperature
-                p = x.sub_(student_log_sum[chunk, None]).exp_()
-                q = y.sub_(teacher_log_sum[chunk, None]).exp_()
-                grad[chunk, :valid] = p.sub_(q).mul_(scale[chunk]).to(grad.dtype)
-        return grad.view(student.shape), None, None, None, None
+        zero = merged.new_zeros(student_rows.size(0))
+        weights = torch.stack([zero if g is None else g.flatten().to(zero) for g in grad_outputs])
+        destination = {
+            "new": lambda: torch.empty_like(student_rows, memory_format=torch.contiguous_format),
+            "student": lambda: student_rows,
+            "teacher": lambda: teacher_rows,
+        }[ctx.destination]()
+        _gradient(
+            student_rows, teacher_rows, labels, mask, merged, weights, *ctx.options, destination
+        )
+        return destination.view(student.shape), *[None] * 9
+
+
+def _new_statistics(student: Tensor) -> Tensor:
+    return student.new_empty(student.size(0), 8, dtype=accumulation_dtype(student.dtype))

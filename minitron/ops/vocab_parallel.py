@@ -9,7 +9,7 @@ with a gradient that is wrong by a factor of the group's size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,20 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def gather_statistics(statistics: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All ranks' statistics, [t, tokens, k], from each rank's [tokens, k]; one collective."""
+    return start_gathering(statistics, group)()
+
+
+def start_gathering(statistics: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Begin `gather_statistics` in the background; what is returned waits for its result."""
     if group is None or group.size() == 1:
-        return statistics.unsqueeze(0)
+        return lambda: statistics.unsqueeze(0)
     gathered = statistics.new_empty(group.size(), *statistics.shape)
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), statistics, group=group)
-    return gathered
+    work = dist.all_gather_into_tensor(
+        gathered.flatten(0, 1), statistics, group=group, async_op=True
+    )
+
+    def wait() -> Tensor:
+        work.wait()
+        return gathered
+
+    return wait

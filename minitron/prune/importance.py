@@ -37,6 +37,8 @@ from minitron.metrics import log, progress
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.sharding import open_model
+from minitron.ops.activation_stats import activation_stats
+from minitron.ops.block_cosine import block_cosine
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.platform import Precision
 from minitron.prune.scores import Importance, check_scores
@@ -274,7 +276,7 @@ class _Collector:
         self, layer: int, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
         before = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cosine = torch.cosine_similarity(before.float(), output[0].float(), dim=-1)  # [s, b]
+        cosine = block_cosine(before, output[0])  # [s, b]
         tokens = self._valid.expand_as(cosine)
         self._blocks[layer, 0] += (cosine * tokens).sum()
         self._blocks[layer, 1] += tokens.sum()
@@ -324,19 +326,6 @@ class _Collector:
 
 
 def _sequence_sums(x: Tensor) -> Tensor:
-    """Sums of |x|, x² and x over the first dimension: [s, b, c] → [3, b, c] in fp64."""
-    x = x.float()
-    return torch.stack([_sum(x.abs()), _sum(x.square()), _sum(x)])
-
-
-def _sum(x: Tensor) -> Tensor:
-    """Sum over the first dimension in fp64, but for a few neighbours, which are added in fp32.
-
-    As exact as fp32 input deserves, and several times as fast as converting all of it.
-    """
-    whole = len(x) // _NEIGHBOURS * _NEIGHBOURS
-    blocks = x[:whole].unflatten(0, (whole // _NEIGHBOURS, _NEIGHBOURS)).sum(1)
-    return blocks.sum(0, dtype=torch.float64) + x[whole:].sum(0, dtype=torch.float64)
-
-
-_NEIGHBOURS = 16
+    """Sums of |x|, x² and x over the first dimension: [s, ..., c] → [3, ..., c] in fp64."""
+    absolute, squares, signed, _ = activation_stats(x.flatten(1, -2))
+    return torch.stack([absolute, squares, signed]).unflatten(1, x.shape[1:-1])

@@ -205,7 +205,7 @@ def test_evaluation_is_what_transformers_computes(demo):
 def test_scores_cover_the_whole_model(demo):
     scores = load_file(demo / "scores" / "scores.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in scores.items()}
-    assert shapes == {
+    assert shapes == {  # three aggregations over samples times three over the sequence
         "hidden": (3, 3, LAYERS, HIDDEN),
         "hidden_total": (3, 3, HIDDEN),
         "ffn": (3, 3, LAYERS, FFN),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from minitron.distill import losses
 from minitron.metrics import read_metrics
 from minitron.model.weights import SINGLE_FILE
-from minitron.ops.logit_kl import logit_kl
+from minitron.ops.linear_kl import linear_kl
 from minitron.train.config import TrainConfig
 from tests import reference, runs
 from tests.runs import SEQ_LENGTH, VOCAB, Run, run_on, write_tokens
@@ -109,15 +109,15 @@ def test_ten_steps_are_those_of_plain_pytorch(expected, tmp_path, topology, case
     assert max(found.values()) < TOLERANCE, found
 
 
-def _scaled_kl(student, teacher, **options):
+def _scaled_kl(*args, **options):
     """The right loss with the gradient of a collective that autograd has summed over its ranks."""
-    loss = logit_kl(student, teacher, **options)
-    factor = options["tp_group"].size()
-    return loss.detach() + factor * (loss - loss.detach())
+    found = linear_kl(*args, **options)
+    kl, factor = found.forward_kl, options["tp_group"].size()
+    return found._replace(forward_kl=kl.detach() + factor * (kl - kl.detach()))
 
 
 def _train_with_scaled_gradient(parallel, run):
-    with mock.patch.object(losses, "logit_kl", _scaled_kl):
+    with mock.patch.object(losses, "linear_kl", _scaled_kl):
         return runs.train(parallel, run)
 
 

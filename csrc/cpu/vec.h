@@ -1,0 +1,164 @@
+// The few vector operations that the kernels need beyond at::vec.
+//
+// Files that include this are compiled once per instruction set (CPU_CAPABILITY_AVX512, _AVX2, or
+// neither) and keep everything in a namespace of that name.
+
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/cpu/vec/functional.h>
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace minitron {
+namespace CPU_CAPABILITY {
+
+using Vec = at::vec::Vectorized<float>;
+using c10::BFloat16;
+constexpr int64_t kLanes = Vec::size();
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline Vec load(const float* from) { return Vec::loadu(from); }
+
+inline Vec load(const BFloat16* from) {
+    Vec out;
+    at::vec::load_fp32_from_bf16(from, out);
+    return out;
+}
+
+// The first `count` < kLanes elements, the others `fill`.
+template <typename T>
+inline Vec load(const T* from, int64_t count, float fill) {
+    alignas(64) T padded[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) padded[i] = i < count ? from[i] : static_cast<T>(fill);
+    return load(padded);
+}
+
+// max(a, b), b where either is NaN.
+inline Vec fast_max(const Vec& a, const Vec& b) { return at::vec::clamp_min(b, a); }
+
+inline float reduce_max(const Vec& x) {
+    return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return fast_max(a, b); }, x);
+}
+
+inline float reduce_add(const Vec& x) {
+    return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+// 2^f on [0, 1): minimax in the relative error (8e-8) with the value 1 at 0.
+inline Vec exp2_fraction(const Vec& f) {
+    Vec p = at::vec::fmadd(Vec(1.8671305698204493e-3f), f, Vec(9.01702925326163e-3f));
+    p = at::vec::fmadd(p, f, Vec(5.579991387984723e-2f));
+    p = at::vec::fmadd(p, f, Vec(2.4016444993680355e-1f));
+    p = at::vec::fmadd(p, f, Vec(6.931513118234258e-1f));
+    return at::vec::fmadd(p, f, Vec(1.f));
+}
+
+// 2^z for z ≤ 127 and −inf; what is below 2^−126 may become 0; NaN stays.
+inline Vec exp2(const Vec& z) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const Vec f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return _mm512_scalef_ps(exp2_fraction(f), z);  // · 2^⌊z⌋
+#elif defined(CPU_CAPABILITY_AVX2)
+    const __m256 clamped = _mm256_max_ps(_mm256_set1_ps(-127.f), z);  // 2^−127 has exponent bits 0
+    const __m256 whole = _mm256_floor_ps(clamped);
+    const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+    return exp2_fraction(_mm256_sub_ps(clamped, whole)) * power;
+#else
+    return z.exp2();
+#endif
+}
+
+// Where weight > 0: sum + weight · x; elsewhere sum, whatever x is.
+inline Vec add_product_where_positive(const Vec& weight, const Vec& x, const Vec& sum) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __mmask16 positive = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask3_fmadd_ps(weight, x, sum, positive);
+#else
+    return Vec::blendv(sum, at::vec::fmadd(weight, x, sum), weight > Vec(0.f));
+#endif
+}
+
+// Two vectors to 2 kLanes consecutive elements, rounded to nearest even. Streaming goes past the
+// caches, which saves reading the destination first; it needs `to` aligned to a vector.
+inline void store_pair(float* to, const Vec& a, const Vec& b, bool streaming) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if (streaming) {
+        _mm512_stream_ps(to, a);
+        _mm512_stream_ps(to + kLanes, b);
+        return;
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if (streaming) {
+        _mm256_stream_ps(to, a);
+        _mm256_stream_ps(to + kLanes, b);
+        return;
+    }
+#endif
+    a.store(to);
+    b.store(to + kLanes);
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// Half the next representable, made even where it is a tie. Unlike at::vec's, it takes no care of
+// NaNs whose payload is all ones, which arithmetic does not make.
+inline __m512i add_half_bfloat16(const Vec& x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+}
+
+inline __m512i round_to_bfloat16(const Vec& a, const Vec& b) {
+    alignas(64) static constexpr int16_t kUpperHalves[32] = {
+        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return _mm512_permutex2var_epi16(add_half_bfloat16(a), _mm512_load_si512(kUpperHalves),
+                                     add_half_bfloat16(b));
+}
+#endif
+
+inline void store_pair(BFloat16* to, const Vec& a, const Vec& b, bool streaming) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512i rounded = round_to_bfloat16(a, b);
+    if (streaming) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), rounded);
+    } else {
+        _mm512_storeu_si512(to, rounded);
+    }
+#else
+    const auto rounded = at::vec::convert_from_float<BFloat16>(a, b);
+#if defined(CPU_CAPABILITY_AVX2)
+    if (streaming) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), rounded);
+        return;
+    }
+#endif
+    rounded.store(to);
+#endif
+}
+
+inline bool can_stream(const void* to) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    return reinterpret_cast<uintptr_t>(to) % sizeof(Vec) == 0;
+#else
+    return false;
+#endif
+}
+
+// Makes streamed stores visible to other threads.
+inline void streaming_fence() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace minitron

@@ -1,0 +1,192 @@
+"""`python -m tests.bench`: the whole table to stdout, docs/results/ and JSON beside it.
+
+Every op runs in a process of its own, once with glibc's default allocator, which gives large
+tensors back to the system and pays page faults for them again each time, and once with a warm heap,
+which is what a long training run has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.bench import linear_kl
+from tests.bench.runner import measure
+
+OPS = ("logit_kl", "activation_stats", "block_cosine", "linear_kl")
+# Peak memory of linear_kl, and of what it replaces where that fits a small machine.
+PEAKS = (
+    ("eager", {"tokens": 1024, "hidden": 64, "vocabulary": 128256}),
+    ("linear_kl", {"tokens": 1024, "hidden": 64, "vocabulary": 128256}),
+    ("linear_kl", {"tokens": 8192, "hidden": 64, "vocabulary": 128256}),
+)
+WARM_HEAP = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+}
+ALLOCATORS = {"warm": WARM_HEAP, "default": {}}
+
+
+def main() -> None:
+    """Run the benches asked for and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", choices=[[], *OPS], help="default: all")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--allocator", choices=list(ALLOCATORS), action="append")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--child", choices=OPS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child:
+        for case in importlib.import_module(f"tests.bench.{args.child}").cases():
+            rows = [dataclasses.asdict(row) for row in measure(case, rounds=args.rounds)]
+            print(json.dumps(rows), flush=True)
+        return
+    if args.peak is not None:
+        variant, sizes = PEAKS[args.peak]
+        print(json.dumps({"variant": variant, **sizes, "mb": linear_kl.peak(variant, **sizes)}))
+        return
+    results: list[dict[str, Any]] = []
+    for op in args.ops or OPS:
+        for allocator in args.allocator or ALLOCATORS:
+            for row in _child(op, allocator, args):
+                results.append({"allocator": allocator, **row})
+                print(_line(results[-1]), flush=True)
+    peaks = []
+    if "linear_kl" in (args.ops or OPS):
+        for number in range(len(PEAKS)):
+            peaks.append(_run("default", args, "--peak", str(number))[0])
+            print(_peak_line(peaks[-1]), flush=True)
+    _write(args.out, results, peaks, args)
+
+
+def _child(op: str, allocator: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [row for case in _run(allocator, args, "--child", op) for row in case]
+
+
+def _run(allocator: str, args: argparse.Namespace, *arguments: str) -> list[Any]:
+    """What a process of its own prints, a JSON value a line."""
+    command = [sys.executable, "-m", "tests.bench", *arguments]
+    command += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
+    environment = {**os.environ, **ALLOCATORS[allocator]}
+    output = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def _peak_line(row: dict[str, Any]) -> str:
+    return "| {variant} | {tokens} | {hidden} | {vocabulary} | {mb:.0f} |".format(**row)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    bandwidth = f"{row['gb_per_s']:.0f}" if row["gb_per_s"] else ""
+    share = f"{row['share_of_copy']:.0%}" if row["share_of_copy"] else ""
+    target = ""
+    if row["target"]:
+        met = all(
+            row[key] >= wanted
+            for key, wanted in zip(("over_eager", "over_compile"), row["target"], strict=True)
+        )
+        target = f"{row['target'][0]:g} / {row['target'][1]:g} {'met' if met else 'missed'}"
+    return [
+        row["op"],
+        row["shape"],
+        row["dtype"],
+        row["allocator"],
+        row["variant"],
+        f"{row['median_ms']:.2f}",
+        f"{row['best_ms']:.2f}",
+        f"{row['over_eager']:.1f}",
+        f"{row['over_compile']:.1f}",
+        target,
+        bandwidth,
+        share,
+    ]
+
+
+def _line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(_cells(row)) + " |"
+
+
+_HEADER = (
+    "| op | shape | dtype | heap | variant | median ms | best ms | × eager | × compile |"
+    " target | GB/s | of copy |\n" + "|---" * 12 + "|"
+)
+
+
+def _write(
+    directory: Path,
+    results: list[dict[str, Any]],
+    peaks: list[dict[str, Any]],
+    args: argparse.Namespace,
+) -> None:
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _processor(),
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "kernels_cpu.json").write_text(
+        json.dumps({"machine": machine, "results": results, "peaks": peaks}, indent=1) + "\n"
+    )
+    described = ", ".join(f"{key} {value}" for key, value in machine.items())
+    table = "\n".join([_HEADER, *map(_line, results)])
+    memory = "\n".join(map(_peak_line, peaks))
+    (directory / "kernels_cpu.md").write_text(
+        _PAGE.format(described=described, table=table, memory=memory)
+    )
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+_PAGE = """# Kernels on a CPU
+
+Written by `make bench`; the same numbers as JSON are in kernels_cpu.json. Variants of a case run in
+turn and a time is the median of the rounds. On a machine that others use too (see its load), only
+ratios mean anything, and even those vary from run to run: kernels.md says by how much.
+"GB/s" is what the variant must move at least, divided by its time; "of copy" compares that with
+a copy measured in the same rounds.
+
+No kernel has run on a GPU yet; there are no GPU numbers.
+
+{described}
+
+{table}
+
+## Peak memory of linear_kl
+
+What one step, forward and backward, adds to the process's peak, in chunks of 256 tokens: two
+chunks of logits, gradients of the hidden states and of the head, and what the GEMMs take.
+
+| variant | tokens | hidden size | vocabulary | MB |
+|---|---|---|---|---|
+{memory}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Σ|x|, Σx², Σx and max|x| over the sequence, for every sample and channel.
+
+`eager` takes them one after the other, as score hooks are usually written; "one statistic" is the
+mean of |x| alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minitron.ops.activation_stats import activation_stats
+from tests.bench.runner import Case
+
+SHAPE = (4096, 1, 4096)
+
+
+def eager(x: Tensor) -> tuple[Tensor, ...]:
+    """Four statistics in fp32."""
+    magnitude = x.float().abs()
+    return magnitude.sum(0), x.float().square().sum(0), x.float().sum(0), magnitude.amax(0)
+
+
+def cases() -> Iterator[Case]:
+    """Both dtypes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(torch.randn(SHAPE).to(dtype))
+
+
+def _case(x: Tensor) -> Case:
+    compiled = torch.compile(eager)
+    return Case(
+        op="activation_stats",
+        shape=str(list(SHAPE)),
+        dtype=str(x.dtype).removeprefix("torch."),
+        variants={
+            "eager": lambda: eager(x),
+            "torch.compile": lambda: compiled(x),
+            "one statistic": lambda: x.float().abs().mean(0),
+            "one read": lambda: activation_stats(x),
+        },
+        floor_bytes={"one read": x.nbytes},
+        targets={"one read": (9.0, 3.0)},
+    )

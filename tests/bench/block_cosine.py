@@ -1,0 +1,39 @@
+"""Cosine of a layer's input and output for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from minitron.ops.block_cosine import block_cosine
+from tests.bench.runner import Case
+
+SHAPE = (4096, 1, 4096)
+
+
+def eager(before: Tensor, after: Tensor) -> Tensor:
+    """In fp32, as score hooks are usually written."""
+    return torch.cosine_similarity(before.float(), after.float(), dim=-1)
+
+
+def cases() -> Iterator[Case]:
+    """Both dtypes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype))
+
+
+def _case(before: Tensor, after: Tensor) -> Case:
+    compiled = torch.compile(eager)
+    return Case(
+        op="block_cosine",
+        shape=str(list(SHAPE)),
+        dtype=str(before.dtype).removeprefix("torch."),
+        variants={
+            "eager": lambda: eager(before, after),
+            "torch.compile": lambda: compiled(before, after),
+            "one read": lambda: block_cosine(before, after),
+        },
+        floor_bytes={"one read": 2 * before.nbytes},
+    )

@@ -1,0 +1,78 @@
+"""Forward KL of materialised logits, forward and backward, at τ = 2.
+
+`eager` is the formulation of the peers with tensor-parallel distillation: fp32 copies, shifted by
+their maxima, log-probabilities, `kl_div` in log space, autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitron.ops.logit_kl import logit_kl, logit_losses_and_gradient
+from tests.bench.runner import Case
+
+TEMPERATURE = 2.0
+SHAPES = ((2048, 32000), (512, 128256))
+# Over eager and over torch.compile.
+TARGETS = {
+    torch.float32: {"two sweeps": (4.5, 2.2), "fused": (7.0, 3.0)},
+    torch.bfloat16: {"two sweeps": (7.5, 3.5), "fused": (9.5, 5.0)},
+}
+
+
+def eager(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL per token as the peers compute it."""
+
+    def log_probabilities(logits: Tensor) -> Tensor:
+        x = logits.float() / TEMPERATURE
+        x = x - x.amax(-1, keepdim=True).detach()
+        return x - x.exp().sum(-1, keepdim=True).log()
+
+    with torch.no_grad():
+        target = log_probabilities(teacher)
+    return F.kl_div(log_probabilities(student), target, reduction="none", log_target=True).sum(-1)
+
+
+def cases() -> Iterator[Case]:
+    """Both vocabularies in both dtypes."""
+    for tokens, vocabulary in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield _case(tokens, vocabulary, dtype)
+
+
+def _case(tokens: int, vocabulary: int, dtype: torch.dtype) -> Case:
+    student = torch.randn(tokens, 1, vocabulary).mul_(3).to(dtype).requires_grad_()
+    teacher = torch.randn(tokens, 1, vocabulary).mul_(3).to(dtype)
+    upstream = torch.rand(tokens, 1)
+    weights = torch.zeros(4, tokens)
+    weights[0] = upstream[:, 0]
+    rows, teacher_rows = student.detach()[:, 0], teacher[:, 0]
+    gradient = torch.empty_like(rows)
+    compiled = torch.compile(eager)
+    options = {"valid_columns": vocabulary, "temperature": TEMPERATURE}
+
+    def fused() -> None:
+        logit_losses_and_gradient(rows, teacher_rows, weights, destination=gradient, **options)
+
+    element = tokens * vocabulary * dtype.itemsize
+    return Case(
+        op="logit_kl",
+        shape=f"[{tokens}, {vocabulary}]",
+        dtype=str(dtype).removeprefix("torch."),
+        variants={
+            "eager": lambda: torch.autograd.grad(eager(student, teacher), student, upstream),
+            "torch.compile": lambda: torch.autograd.grad(
+                compiled(student, teacher), student, upstream
+            ),
+            "two sweeps": lambda: torch.autograd.grad(
+                logit_kl(student, teacher, **options), student, upstream
+            ),
+            "fused": fused,
+        },
+        floor_bytes={"two sweeps": 5 * element, "fused": 3 * element},
+        targets=TARGETS[dtype],
+    )

@@ -1,0 +1,84 @@
+"""Times variants of one computation against each other.
+
+Variants run in turn, round after round, so that what else the machine does hits all alike; a
+variant's time is its median. Only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem and the ways to solve it; the first variant is the baseline."""
+
+    op: str
+    shape: str
+    dtype: str
+    variants: dict[str, Callable[[], object]]
+    floor_bytes: dict[str, int] = field(default_factory=dict)
+    """What a variant must move at least, where that is known."""
+    targets: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Speedups to reach over the first and the second variant."""
+
+
+@dataclass
+class Row:
+    """One variant's result; times in milliseconds, bandwidth in GB/s."""
+
+    op: str
+    shape: str
+    dtype: str
+    variant: str
+    median_ms: float
+    best_ms: float
+    over_eager: float
+    over_compile: float
+    gb_per_s: float | None
+    share_of_copy: float | None
+    target: tuple[float, float] | None
+
+
+def measure(case: Case, *, rounds: int) -> list[Row]:
+    """Run a case's variants in turn."""
+    source = torch.ones(1 << 26)  # 256 MB, far beyond any cache
+    target = torch.empty_like(source)
+    variants = {**case.variants, "copy": lambda: target.copy_(source)}
+    for run in variants.values():  # compilation, first touches
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    copy_gb_per_s = 2 * source.nbytes / medians["copy"] / 1e6
+    eager, compiled = (medians[name] for name in list(case.variants)[:2])
+    rows = []
+    for name in case.variants:
+        moved = case.floor_bytes.get(name)
+        rate = moved / medians[name] / 1e6 if moved else None
+        rows.append(
+            Row(
+                case.op,
+                case.shape,
+                case.dtype,
+                name,
+                medians[name],
+                min(times[name]),
+                eager / medians[name],
+                compiled / medians[name],
+                rate,
+                rate / copy_gb_per_s if rate else None,
+                case.targets.get(name),
+            )
+        )
+    return rows

@@ -1,0 +1,79 @@
+"""Against fp64 sums of the same values."""
+
+import pytest
+import torch
+
+from minitron.ops.activation_stats import activation_stats
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (8, 2, 64), (267, 3, 37), (530, 1, 2100)], ids=str)
+def test_sums_over_the_sequence(shape, dtype):
+    torch.seed()
+    x = (torch.randn(shape) + 0.5).to(dtype)
+    wide = x.double()
+    stats = activation_stats(x)
+    for found, expected in (
+        (stats.abs_sum, wide.abs().sum(0)),
+        (stats.square_sum, wide.square().sum(0)),
+        (stats.sum, wide.sum(0)),
+        (stats.abs_max, wide.abs().amax(0)),
+    ):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 5, 16, 128])
+def test_norms_of_heads(head_dim, dtype):
+    torch.seed()
+    x = torch.randn(31, 2, 3 * head_dim).to(dtype)
+    norms = x.double().unflatten(-1, (3, head_dim)).norm(dim=-1)
+    if head_dim == 1:
+        norms = x.double()
+    stats = activation_stats(x, group=head_dim)
+    torch.testing.assert_close(stats.abs_sum, norms.abs().sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.square_sum, norms.square().sum(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats.abs_max, norms.abs().amax(0), rtol=1e-6, atol=1e-6)
+
+
+def test_a_strided_activation():
+    x = torch.randn(9, 2, 70)
+    cut = x[..., 3:60]
+    assert torch.equal(
+        torch.stack(activation_stats(cut)), torch.stack(activation_stats(cut.contiguous()))
+    )
+
+
+def test_threads_do_not_change_a_digit():
+    x = torch.randn(300, 2, 333)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(torch.stack(activation_stats(x)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_nan_is_seen():
+    x = torch.zeros(600, 1, 40)
+    x[3, 0, 7] = torch.nan
+    for sums in activation_stats(x)[:3]:
+        assert sums.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("group", [1, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_op_keeps_the_contract_of_torch(group, dtype):
+    x = torch.randn(9, 2, 12).to(dtype)
+    torch.library.opcheck(torch.ops.minitron.activation_stats, (x, group))
+
+
+def test_a_group_must_divide():
+    with pytest.raises(ValueError, match="group=5 does not divide 12 channels"):
+        activation_stats(torch.zeros(2, 2, 12), group=5)

@@ -1,0 +1,40 @@
+"""Against fp64."""
+
+import pytest
+import torch
+
+from minitron.ops.block_cosine import block_cosine
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [1, 15, 16, 96, 4097])
+def test_cosine_of_every_token(hidden, dtype):
+    torch.seed()
+    before = torch.randn(7, 3, hidden).to(dtype)
+    after = (before + 0.3 * torch.randn(7, 3, hidden)).to(dtype)
+    x, y = before.double(), after.double()
+    expected = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    found = block_cosine(before, after)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_token_of_zeros():
+    assert block_cosine(torch.zeros(1, 1, 20), torch.ones(1, 1, 20)).item() == 0
+
+
+def test_strided_activations():
+    before, after = torch.randn(2, 5, 3, 40).transpose(1, 2)
+    assert torch.equal(
+        block_cosine(before, after), block_cosine(before.contiguous(), after.contiguous())
+    )
+
+
+def test_op_keeps_the_contract_of_torch():
+    arguments = (torch.randn(4, 2, 33), torch.randn(4, 2, 33))
+    torch.library.opcheck(torch.ops.minitron.block_cosine, arguments)
+
+
+def test_activations_that_cannot_be_compared():
+    with pytest.raises(ValueError, match=r"\[1, 2, 3\] of torch.float32 .* \[1, 2, 4\] of"):
+        block_cosine(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))

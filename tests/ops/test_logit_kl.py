@@ -1,0 +1,298 @@
+"""The losses of one sweep against fp64 autograd on whole logits, on 1, 2 and 4 ranks."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minitron.ops import library, logit_kl_reference
+from minitron.ops.logit_kl import logit_kl, logit_losses, logit_losses_and_gradient
+from tests.harness import run_distributed
+
+S, B = 5, 3
+LOSSES = ("forward_kl", "reverse_kl", "cross_entropy", "z_loss")
+LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6}
+GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+DTYPES = pytest.mark.parametrize(
+    "dtype", LOSS_TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+
+
+def _inputs(seed, dtype, vocabulary, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, S, B, vocabulary, generator=generator)
+    student = (3 * draw() + offset).to(dtype)
+    teacher = (3 * draw() - offset).to(dtype)
+    labels = torch.randint(vocabulary, (S, B), generator=generator)
+    upstream = torch.rand(4, S, B, generator=generator)
+    mask = (torch.rand(S, B, generator=generator) < 0.7).float()
+    return student, teacher, labels, upstream, mask
+
+
+def _expected(student, teacher, labels, upstream, mask, temperature):
+    """Losses and the gradient of their weighted sum, in fp64, by autograd."""
+    s = student.double().clone().requires_grad_()
+    log_p = F.log_softmax(s / temperature, -1)
+    log_q = F.log_softmax(teacher.double() / temperature, -1)
+    p, q = log_p.exp(), log_q.exp()
+    losses = torch.stack(
+        [
+            torch.where(q > 0, q * (log_q - log_p), 0).sum(-1),
+            torch.where(p > 0, p * (log_p - log_q), 0).sum(-1),
+            F.cross_entropy(s.flatten(0, 1), labels.flatten(), reduction="none").view(S, B),
+            s.logsumexp(-1).square(),
+        ]
+    )
+    losses = torch.where(mask > 0, losses, 0)
+    (losses * upstream.double()).sum().backward()
+    return losses.detach(), s.grad
+
+
+def _shard(logits, rank, size):
+    """This rank's columns with garbage in the padding, and how many are valid."""
+    vocabulary = logits.size(-1)
+    width = -(-vocabulary // size) + 13
+    padded = torch.full((S, B, width * size), 50.0, dtype=logits.dtype)
+    padded[..., :vocabulary] = logits
+    start = rank * width
+    return padded[..., start : start + width].clone(), min(max(vocabulary - start, 0), width)
+
+
+def _run(rank, size, group, seed, dtype, vocabulary, temperature, fused=False):
+    student, teacher, labels, upstream, mask = _inputs(seed, dtype, vocabulary)
+    x, valid = _shard(student, rank, size)
+    y, _ = _shard(teacher, rank, size)
+    x[mask == 0] = math.nan  # masked tokens are not read
+    options = {"valid_columns": valid, "temperature": temperature, "tp_group": group}
+    if fused:
+        losses, grad = logit_losses_and_gradient(
+            x.flatten(0, 1),
+            y.flatten(0, 1),
+            upstream.flatten(1).to(torch.promote_types(dtype, torch.float32)),
+            labels=labels.flatten(),
+            mask=mask.flatten() > 0,
+            reverse=True,
+            **options,
+        )
+        return losses.view(4, S, B), grad.view(x.shape), valid
+    x.requires_grad_()
+    losses = torch.stack(
+        logit_losses(x, y, labels=labels, reverse=True, z_loss=True, loss_mask=mask, **options)
+    )
+    (losses * upstream).sum().backward()
+    return losses.detach(), x.grad, valid
+
+
+def _on_rank(*args):
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return [_run(rank, size, torch.distributed.group.WORLD, *args, fused) for fused in (0, 1)]
+
+
+def _check(results, seed, dtype, vocabulary, temperature):
+    losses, grad = _expected(*_inputs(seed, dtype, vocabulary), temperature)
+    tolerance = LOSS_TOLERANCE[dtype]
+    for found, _, _ in results:  # every rank has the whole loss
+        torch.testing.assert_close(found.double(), losses, rtol=4 * tolerance, atol=4 * tolerance)
+    joined = torch.cat([part[..., :valid] for _, part, valid in results], -1).double()
+    tolerance = GRAD_TOLERANCE[dtype]
+    atol = min(10 * tolerance, 2e-5)
+    torch.testing.assert_close(joined, grad, rtol=tolerance, atol=atol)
+    for _, part, valid in results:
+        assert part[..., valid:].count_nonzero() == 0
+
+
+@DTYPES
+@pytest.mark.parametrize("fused", [False, True], ids=["two sweeps", "fused"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("vocabulary", [1, 15, 4097, 8209])
+def test_losses_and_gradient(dtype, fused, temperature, vocabulary):
+    seed = torch.seed() % 2**31
+    result = _run(0, 1, None, seed, dtype, vocabulary, temperature, fused)
+    _check([result], seed, dtype, vocabulary, temperature)
+
+
+@DTYPES
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_losses_and_gradient_of_a_sharded_vocabulary(dtype, world_size):
+    seed, vocabulary, temperature = torch.seed() % 2**31, 4301, 1.7
+    ranks = run_distributed(_on_rank, world_size, seed, dtype, vocabulary, temperature)
+    for results in zip(*ranks, strict=True):
+        _check(results, seed, dtype, vocabulary, temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_rising_logits_leave_the_first_tiles_references_behind(dtype, offset):
+    student, teacher, labels, upstream, _ = _inputs(torch.seed() % 2**31, dtype, 9000, offset)
+    student = (student.double() + torch.linspace(0, 150, 9000)).to(dtype)
+    teacher = (teacher.double() + torch.linspace(0, 400, 9000)).to(dtype)
+    losses, grad = _expected(student, teacher, labels, upstream, torch.ones(S, B), 1.0)
+    x = student.clone().requires_grad_()
+    found = torch.stack(
+        logit_losses(x, teacher, valid_columns=9000, labels=labels, reverse=True, z_loss=True)
+    )
+    (found * upstream).sum().backward()
+    torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 4e-5  # logits of 700 in fp32: 3e-5
+    torch.testing.assert_close(x.grad.double(), grad, rtol=rounding, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_offset_costs_no_digits(dtype):
+    student, _, _, _, _ = _inputs(torch.seed() % 2**31, dtype, 301)
+    teacher = student + 0.01 * torch.randn_like(student)
+    student, teacher = student - 300, teacher + 300
+    found = logit_kl(student, teacher, valid_columns=301)
+    expected = _expected(
+        student,
+        teacher,
+        torch.zeros(S, B, dtype=torch.int64),
+        torch.ones(4, S, B),
+        torch.ones(S, B),
+        1.0,
+    )[0][0]
+    assert expected.mean() < 1e-3
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1e-7)
+
+
+@DTYPES
+def test_impossible_tokens(dtype):
+    student, teacher, labels, _, _ = _inputs(torch.seed() % 2**31, dtype, 5000)
+    student[..., 4990:] = teacher[..., 4990:] = -torch.inf
+    teacher[0, 0, :4600] = -torch.inf  # a whole tile without the teacher
+    student[1, 1, :4600] = teacher[1, 1, :4600] = -torch.inf  # and one without either
+    student[2, 2, 7] = -torch.inf  # the teacher finds it possible
+    labels = labels.clamp(4600, 4989)
+    expected, _ = _expected(student, teacher, labels, torch.ones(4, S, B), torch.ones(S, B), 1.0)
+    x = student.clone().requires_grad_()
+    found = logit_losses(x, teacher, valid_columns=5000, labels=labels, reverse=True)
+    assert found.forward_kl[2, 2] == torch.inf
+    assert found.reverse_kl[0, 0] == torch.inf
+    expected[0, 2, 2] = expected[1, 0, 0] = torch.inf
+    torch.testing.assert_close(torch.stack(found[:3]).double(), expected[:3], rtol=1e-5, atol=1e-5)
+    found.forward_kl[:2].sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[..., 4990:].count_nonzero() == 0
+
+
+def test_masked_tokens_alone():
+    student = torch.full((S, B, 33), torch.nan, requires_grad=True)
+    loss = logit_kl(student, student, valid_columns=33, loss_mask=torch.zeros(S, B))
+    loss.sum().backward()
+    assert loss.count_nonzero() == 0
+    assert student.grad.count_nonzero() == 0
+
+
+@DTYPES
+def test_power_of_the_temperature(dtype):
+    student, teacher, *_ = _inputs(torch.seed() % 2**31, dtype, 33)
+    options = {"valid_columns": 33, "temperature": 1.7}
+    plain = logit_kl(student, teacher, **options)
+    torch.testing.assert_close(
+        logit_kl(student, teacher, temperature_power=2, **options), plain * 1.7**2
+    )
+
+
+@pytest.mark.parametrize("destination", ["student", "teacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradient_over_dead_logits(destination, dtype):
+    student, teacher, _, upstream, _ = _inputs(torch.seed() % 2**31, dtype, 4500)
+
+    def gradient(where):
+        logits = {"student": student.clone(), "teacher": teacher.clone()}
+        x = logits["student"].requires_grad_()
+        address = logits[where].data_ptr() if where != "new" else None
+        loss = logit_kl(x, logits["teacher"], valid_columns=4400, gradient=where)
+        (grad,) = torch.autograd.grad(loss, x, upstream[0].to(loss))
+        assert address in (None, grad.data_ptr())
+        return grad
+
+    assert torch.equal(gradient(destination), gradient("new"))
+
+
+def test_a_gradient_needs_room():
+    with pytest.raises(ValueError, match=r"float32 gradient does not fit torch.bfloat16 teacher"):
+        logit_kl(
+            torch.zeros(1, 1, 4),
+            torch.zeros(1, 1, 4).bfloat16(),
+            valid_columns=4,
+            gradient="teacher",
+        )
+
+
+def test_strided_rows_and_mixed_dtypes():
+    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 700)
+    whole = logit_kl(student[..., 3:610].contiguous(), teacher[..., 3:610].bfloat16(),
+                     valid_columns=600)  # fmt: skip
+    strided = logit_kl(student[..., 3:610], teacher.bfloat16()[..., 3:610], valid_columns=600)
+    assert torch.equal(whole, strided)
+
+
+def test_the_same_digits_every_time():
+    student, teacher, _, _, _ = _inputs(torch.seed() % 2**31, torch.float32, 9001)
+    runs = []
+    for _ in range(3):
+        x = student.clone().requires_grad_()
+        loss = logit_kl(x, teacher, valid_columns=9000)
+        loss.sum().backward()
+        runs.append((loss.detach(), x.grad))
+    for loss, grad in runs[1:]:
+        assert torch.equal(loss, runs[0][0])
+        assert torch.equal(grad, runs[0][1])
+
+
+def _op_arguments(dtype=torch.float32):
+    student, teacher, labels, upstream, mask = _inputs(torch.seed() % 2**31, dtype, 70)
+    rows = (student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten(), mask.flatten() > 0)
+    weights = upstream.flatten(1).contiguous()
+    options = (66, 0, 1.3, True, True)
+    statistics = torch.ops.minitron.logit_kl_statistics(*rows, *options)
+    merged = torch.ops.minitron.logit_kl_merge(statistics[None], rows[3], 1.3)[1]
+    new = torch.empty_like(rows[0])
+    return {
+        "logit_kl_statistics": (*rows, *options),
+        "logit_kl_merge": (statistics[None].expand(2, -1, -1).contiguous(), rows[3], 1.3),
+        "logit_kl_gradient": (*rows, merged, weights, *options, new),
+        "logit_kl_fused": (*rows, weights, 66, 1.3, True, True, new),
+    }
+
+
+@pytest.mark.parametrize("name", list(_op_arguments()))
+def test_ops_keep_the_contract_of_torch(name):
+    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments()[name])
+
+
+@pytest.mark.parametrize("name", list(_op_arguments()))
+@pytest.mark.skipif(not library.extension_built, reason="the extension is not built")
+def test_kernels_equal_their_references(name):
+    arguments = _op_arguments()[name]
+    results = []
+    for run in (
+        getattr(torch.ops.minitron, name),
+        getattr(logit_kl_reference, name.removeprefix("logit_kl_")),
+    ):
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        returned = run(*copies)
+        returned = returned if isinstance(returned, tuple) else (returned,)
+        results.append([*(r for r in returned if r is not None), copies[-1]])
+    if name in ("logit_kl_statistics", "logit_kl_fused"):  # references may differ: merge first
+        for result in results:
+            result[0] = torch.ops.minitron.logit_kl_merge(result[0][None], arguments[3], 1.3)[0]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_compiles_as_one_graph():
+    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 70)
+
+    def loss(x, y):
+        return logit_kl(x * 2, y, valid_columns=66).sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = student.clone().requires_grad_()
+        value = run(x, teacher)
+        value.backward()
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(*results)
