@@ -18,7 +18,7 @@ help: ## List the targets
 
 setup: .venv/.dev ## Create .venv with the pinned dependencies, test and development tools
 
-demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 8 minutes on 2 cores
+demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 6 minutes on 2 cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh
 
 test: .venv/.dev ## Run the tests

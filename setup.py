@@ -119,4 +119,6 @@ def run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("minitron._C", sources=[])], cmdclass={"build_ext": Build})
+    # Optional: an editable install would otherwise insist on copying what was left out.
+    extension = Extension("minitron._C", sources=[], optional=True)
+    setup(ext_modules=[extension], cmdclass={"build_ext": Build})

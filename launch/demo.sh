@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job in small: train a teacher, prune it in width and in depth, distill both students, and
-# a student of random weights for comparison. Two CPU ranks; about eight minutes on two cores.
+# a student of random weights for comparison. Two CPU ranks; about six minutes on two cores.
 #
 #     make demo                     (or, inside an environment with minitron: bash launch/demo.sh)
 #
