@@ -2,10 +2,9 @@
 
 Everything declarative lives in pyproject.toml. The extension is optional: without it, every op runs
 its PyTorch reference. Kernels are compiled once per instruction set from one source, which torch's
-own extension builder, with one set of flags for all files, does not do.
+own extension builder, with its one set of flags for all files, cannot do.
 
     MINITRON_BUILD_EXT=0    do not build it
-    CXX=clang++             the compiler, c++ by default
 """
 
 from __future__ import annotations
