@@ -42,7 +42,13 @@ ALLOCATORS = {"warm": WARM_HEAP, "default": {}}
 def main() -> None:
     """Run the benches asked for and write the results."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", choices=[[], *OPS], help="default: all")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        choices=[[], *OPS],
+        metavar="OP",
+        help=f"of {', '.join(OPS)}; default: all",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--allocator", choices=list(ALLOCATORS), action="append")
