@@ -31,6 +31,7 @@ bench: .venv/.dev ## Time the kernels and pruning, about 20 minutes and 9 GB of 
 lint: .venv/.dev ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files csrc | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 clean: ## Remove builds, caches and the demo's output, but not .venv

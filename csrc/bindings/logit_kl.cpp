@@ -32,8 +32,8 @@ LogitKLArguments arguments(const Tensor& student, const Tensor& teacher,
                            bool reverse, bool unit_sum) {
     TORCH_CHECK(student.sizes() == teacher.sizes(), "student ", student.sizes(), " and teacher ",
                 teacher.sizes(), " differ");
-    TORCH_CHECK(0 <= valid_columns && valid_columns <= student.size(1), "valid_columns=",
-                valid_columns, " of ", student.size(1));
+    TORCH_CHECK(0 <= valid_columns && valid_columns <= student.size(1),
+                "valid_columns=", valid_columns, " of ", student.size(1));
     TORCH_CHECK(temperature > 0, "temperature=", temperature, " must be positive");
     const int64_t tokens = student.size(0);
     return {.student = rows_of(student, "student"),
@@ -91,8 +91,7 @@ std::tuple<Tensor, Tensor> merge(const Tensor& gathered, const std::optional<Ten
             r = kl_merge(r, from[rank * tokens + token], tau);
         }
         to[token] = r;
-        const KLLosses l =
-            read && !read[token] ? KLLosses{0.f, 0.f, 0.f, 0.f} : kl_losses(r);
+        const KLLosses l = read && !read[token] ? KLLosses{0.f, 0.f, 0.f, 0.f} : kl_losses(r);
         loss[token] = l.forward_kl;
         loss[tokens + token] = l.reverse_kl;
         loss[2 * tokens + token] = l.cross_entropy;
@@ -117,14 +116,14 @@ void gradient(const Tensor& student, const Tensor& teacher, const std::optional<
 Tensor fused(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
              const std::optional<Tensor>& mask, const Tensor& weights, int64_t valid_columns,
              double temperature, bool reverse, bool unit_sum, Tensor destination) {
-    const auto args = arguments(student, teacher, labels, mask, valid_columns, 0, temperature,
-                                reverse, unit_sum);
+    const auto args =
+        arguments(student, teacher, labels, mask, valid_columns, 0, temperature, reverse, unit_sum);
     const auto to = gradient_to(destination, student, weights);
     Tensor out = at::empty({student.size(0), kNumStatistics}, student.options().dtype(at::kFloat));
     const auto kernel = logit_kl_fused_on_this_cpu(cpu_capability());
     float* const statistics = out.mutable_data_ptr<float>();
     share_out(student.size(0), 1, [&](int64_t begin, int64_t end) {
-        // Kept between calls: fresh memory of this size would be mapped, and faulted in, every time.
+        // Kept between calls: fresh memory of this size would be mapped, and faulted in, again.
         thread_local std::vector<float> scratch;
         const size_t size = logit_kl_scratch(valid_columns);
         if (scratch.size() < size) scratch.resize(size);

@@ -19,8 +19,7 @@ minitron::KLStatistics statistics_of(const pybind11::sequence& values) {
     return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
 }
 
-pybind11::tuple merge(const pybind11::sequence& u, const pybind11::sequence& v,
-                      float temperature) {
+pybind11::tuple merge(const pybind11::sequence& u, const pybind11::sequence& v, float temperature) {
     const auto r = minitron::kl_merge(statistics_of(u), statistics_of(v), temperature);
     return pybind11::make_tuple(r.m, r.n, r.a, r.b, r.c, r.d, r.e, r.l);
 }

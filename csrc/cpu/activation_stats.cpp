@@ -1,7 +1,7 @@
 // Sums over the rows of an activation, for every column, in one read.
 //
-// Eight rows at a time are added to sums that stay in the first-level cache, so that a sum is loaded
-// and stored once for eight values. They are fp32 over 256 rows and fp64 beyond.
+// Eight rows at a time are added to sums that stay in the first-level cache, so that a sum is
+// loaded and stored once for eight values. They are fp32 over 256 rows and fp64 beyond.
 
 #include <algorithm>
 #include <cmath>
@@ -25,7 +25,8 @@ struct Sums {
 };
 
 template <typename T, typename Load>
-void add_rows(int64_t rows, const T* x, int64_t stride, int64_t at, Sums& sums, const Load& load_at) {
+void add_rows(int64_t rows, const T* x, int64_t stride, int64_t at, Sums& sums,
+              const Load& load_at) {
     Vec absolute = load(sums.absolute + at), square = load(sums.square + at);
     Vec plain = load(sums.plain + at), maximum = load(sums.maximum + at);
     for (int64_t row = 0; row < rows; ++row) {
@@ -47,8 +48,11 @@ void add_block(int64_t rows, const T* x, int64_t stride, int64_t columns, Sums& 
     int64_t at = 0;
     const auto whole = [](const T* from) { return load(from); };
     for (; at + kLanes <= columns; at += kLanes) {
-        if (rows == kRowsAtOnce) add_rows(kRowsAtOnce, x, stride, at, sums, whole);  // unrolled
-        else add_rows(rows, x, stride, at, sums, whole);
+        if (rows == kRowsAtOnce) {
+            add_rows(kRowsAtOnce, x, stride, at, sums, whole);  // unrolled
+        } else {
+            add_rows(rows, x, stride, at, sums, whole);
+        }
     }
     if (at < columns) {
         const int64_t left = columns - at;

@@ -10,16 +10,24 @@
 
 #if defined(MINITRON_X86)
 #define MINITRON_CPU_KERNEL(name, ...)                            \
-    namespace DEFAULT { __VA_ARGS__; }                            \
-    namespace AVX2 { __VA_ARGS__; }                               \
-    namespace AVX512 { __VA_ARGS__; }                             \
+    namespace DEFAULT {                                           \
+    __VA_ARGS__;                                                  \
+    }                                                             \
+    namespace AVX2 {                                              \
+    __VA_ARGS__;                                                  \
+    }                                                             \
+    namespace AVX512 {                                            \
+    __VA_ARGS__;                                                  \
+    }                                                             \
     inline auto name##_on_this_cpu(std::string_view capability) { \
         return capability == "AVX512" ? AVX512::name              \
                : capability == "AVX2" ? AVX2::name                \
                                       : DEFAULT::name;            \
     }
 #else
-#define MINITRON_CPU_KERNEL(name, ...)              \
-    namespace DEFAULT { __VA_ARGS__; } \
+#define MINITRON_CPU_KERNEL(name, ...) \
+    namespace DEFAULT {                \
+    __VA_ARGS__;                       \
+    }                                  \
     inline auto name##_on_this_cpu(std::string_view) { return DEFAULT::name; }
 #endif

@@ -235,8 +235,10 @@ void fused_row(const S* s, const T* t, S* to, KLStatistics& r, const LogitKLArgu
     const int64_t column = label_column(args, gradient, row);
     for (int64_t start = 0, tile = 0; start < args.columns; start += kTile, ++tile) {
         const int64_t count = std::min(kTile, args.columns - start);
-        const Vec alpha(gradient.alpha * kl_weight((references[2 * tile] - r.m) / args.temperature));
-        const Vec beta(gradient.beta * kl_weight((references[2 * tile + 1] - r.n) / args.temperature));
+        const Vec alpha(gradient.alpha *
+                        kl_weight((references[2 * tile] - r.m) / args.temperature));
+        const Vec beta(gradient.beta *
+                       kl_weight((references[2 * tile + 1] - r.n) / args.temperature));
         const auto f = [&](const Vec& p, const Vec& q) {
             return at::vec::fmsub(alpha, p, beta * q);
         };
@@ -249,21 +251,21 @@ void fused_row(const S* s, const T* t, S* to, KLStatistics& r, const LogitKLArgu
     zero(to + args.columns, args.padding);
 }
 
-// Calls f<kReverse, kUnitSum, S, T>() for what the arguments ask.
+// Calls f(kReverse, kUnitSum, S(), T()) for what the arguments ask.
 template <typename F>
 void specialise(const LogitKLArguments& args, const F& f) {
-    const auto by_dtype = [&](auto reverse, auto unit_sum) {
-        const auto by_teacher = [&](auto student) {
-            if (args.teacher.dtype == Dtype::kFloat32) f(reverse, unit_sum, student, float());
-            else f(reverse, unit_sum, student, BFloat16());
-        };
-        if (args.student.dtype == Dtype::kFloat32) by_teacher(float());
-        else by_teacher(BFloat16());
+    const auto flag = [](bool value, const auto& next) {
+        value ? next(std::true_type()) : next(std::false_type());
     };
-    if (args.reverse && args.unit_sum) by_dtype(std::true_type(), std::true_type());
-    else if (args.reverse) by_dtype(std::true_type(), std::false_type());
-    else if (args.unit_sum) by_dtype(std::false_type(), std::true_type());
-    else by_dtype(std::false_type(), std::false_type());
+    const auto type = [](const LogitRows& rows, const auto& next) {
+        rows.dtype == Dtype::kFloat32 ? next(float()) : next(BFloat16());
+    };
+    flag(args.reverse, [&](auto reverse) {
+        flag(args.unit_sum, [&](auto unit_sum) {
+            type(args.student,
+                 [&](auto s) { type(args.teacher, [&](auto t) { f(reverse, unit_sum, s, t); }); });
+        });
+    });
 }
 
 }  // namespace

@@ -26,9 +26,8 @@ MINITRON_CPU_KERNEL(logit_kl_gradient,
 
 // Both for a vocabulary that is whole here, row by row while the row is in the cache. `scratch`
 // holds logit_kl_scratch(columns) floats.
-MINITRON_CPU_KERNEL(logit_kl_fused,
-                    void logit_kl_fused(const LogitKLArguments&, const LogitKLGradient&,
-                                        float* statistics, float* scratch, int64_t begin,
-                                        int64_t end))
+MINITRON_CPU_KERNEL(logit_kl_fused, void logit_kl_fused(const LogitKLArguments&,
+                                                        const LogitKLGradient&, float* statistics,
+                                                        float* scratch, int64_t begin, int64_t end))
 
 }  // namespace minitron

@@ -7,8 +7,8 @@
 //     e = Σ e^(s−m)             l = s[label], 0 where the label is elsewhere
 //
 // Merging is associative and commutative and has a neutral element, so one function serves tiles,
-// thread blocks and ranks. Logits only ever meet their reference, and references each other: offsets
-// that all logits share cost no digits.
+// thread blocks and ranks. Logits only ever meet their reference, and references each other:
+// offsets that all logits share cost no digits.
 
 #pragma once
 

@@ -18,14 +18,14 @@ struct LogitRows {
 
 struct LogitKLArguments {
     LogitRows student, teacher;
-    int64_t columns;          // that stand for a token; the rest is padding and never read
-    int64_t padding;          // columns after them that get a gradient of zero
-    const int64_t* labels;    // [tokens] ids in the whole vocabulary, or null
-    int64_t label_offset;     // id of the first column
-    const bool* mask;         // [tokens] rows to read, or null for all
-    float temperature;
-    bool reverse;             // also what reverse KL needs
-    bool unit_sum;            // also Σ e^s, where τ ≠ 1
+    int64_t columns;        // that stand for a token; the rest is padding and never read
+    int64_t padding;        // columns after them that get a gradient of zero
+    const int64_t* labels;  // [tokens] ids in the whole vocabulary, or null
+    int64_t label_offset;   // id of the first column
+    const bool* mask;       // [tokens] rows to read, or null for all
+    float temperature;      // τ
+    bool reverse;           // also what reverse KL needs
+    bool unit_sum;          // also Σ e^s, where τ ≠ 1
 };
 
 struct LogitKLGradient {
