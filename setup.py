@@ -31,7 +31,7 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     ]
 CXX_FLAGS = [
-    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"),
+    *("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall"),
     # GCC 12 takes the undefined operands of its own AVX-512 intrinsics for mistakes.
     *("-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-uninitialized"),
     "-Wno-maybe-uninitialized",
@@ -105,7 +105,7 @@ def link(objects: list[Path], output: Path) -> list[str]:
 
     search = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries = ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-    return [compiler(), "-shared", *map(str, objects), *search, *libraries, "-o", str(output)]
+    return [compiler(), "-shared", "-fopenmp", *map(str, objects), *search, *libraries, "-o", str(output)]
 
 
 def run(command: list[str]) -> None:

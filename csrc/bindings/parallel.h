@@ -4,6 +4,10 @@
 
 #include <ATen/Parallel.h>
 
+#if !defined(INTRA_OP_PARALLEL)
+#error "at::parallel_for runs on one thread here: compile as torch was, with -fopenmp"
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
