@@ -17,6 +17,7 @@ from minitron.platform import Precision
 from minitron.stage import run
 from minitron.train.checkpoint import (
     ModelFiles,
+    Position,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -94,7 +95,7 @@ def main(recipe: Recipe) -> None:
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
         if checkpoint is None:
             files = ModelFiles(dtype=dtype, base_dir=path, tokenizer=None)
-            save_checkpoint(directory, 0, model, files=files)
+            save_checkpoint(directory, Position(), model, files=files)
         else:
             save_model(model, directory, dtype=dtype, base_dir=path)
         on_rank_zero(

@@ -60,6 +60,9 @@ class Recipe:
     """Replace `out` if minitron wrote it."""
     resume: bool = False
     """Continue the run in `out` from its newest checkpoint; starts anew if there is none."""
+    allow_change: bool = False
+    """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
+    learning rate than the run had; ranks may always be others."""
 
 
 def main(recipe: Recipe) -> None:

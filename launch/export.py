@@ -75,7 +75,7 @@ def main(recipe: Recipe) -> None:
     stored = hf.read_dtype(checkpoint)
     dtype = stored if recipe.precision is None else platform.DTYPES[recipe.precision]
     model = build_llama(arch, topology, None, dtype=stored)
-    step = load_checkpoint(checkpoint, model)
+    position = load_checkpoint(checkpoint, model)
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
         save_model(model, directory, dtype=dtype, base_dir=checkpoint)
         on_rank_zero(
@@ -84,7 +84,7 @@ def main(recipe: Recipe) -> None:
                 stage="export",
                 recipe=config.to_dict(recipe),
                 parents={"run": recipe.run.path},
-                metrics={"num_parameters": arch.num_parameters, "step": step},
+                metrics={"num_parameters": arch.num_parameters, "step": position.step},
             )
         )
 

@@ -33,16 +33,23 @@ def masked_mean(losses: Tensor, batch: Batch) -> Tensor:
     return (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
 
 
-def global_batch(run: Run, step: int) -> Batch:
-    """All samples of a step as one batch."""
-    parts = list(open_batches(run).microbatches(step))
+def global_batch(run: Run, first: int) -> Batch:
+    """All samples of a step, from sample `first` on, as one batch."""
+    parts = list(open_batches(run).microbatches(first))
     return Batch(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def train(
-    model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, run: Run
+    model: LlamaForCausalLM,
+    teacher: LlamaForCausalLM | None,
+    run: Run,
+    changed: Run | None = None,
+    changed_at: int = 0,
 ) -> list[dict[str, float]]:
-    """Train `model` in place on whole global batches; loss and gradient norm of every step."""
+    """Train `model` in place on whole global batches; loss and gradient norm of every step.
+
+    From step `changed_at` on it is the run `changed`, at the same place of the data.
+    """
     config = run.train
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -55,8 +62,12 @@ def train(
         eps=config.adam_eps,
     )
     records = []
-    for step in range(config.steps):
-        batch = global_batch(run, step)
+    tokens = 0
+    for step in range((changed or run).train.steps):
+        if changed is not None and step == changed_at:
+            run, config = changed, changed.train
+        batch = global_batch(run, tokens // run.seq_length)
+        tokens += batch.tokens.numel()
         if teacher is None:
             losses = language_modeling_loss(model, batch)
         else:

@@ -38,6 +38,7 @@ from tests.harness import run_distributed
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 SEQ_LENGTH = 16
+MEASURED = ("tokens_per_second", "peak_memory_gb")  # of a step: differ from run to run
 VOCAB = 301  # odd, and more than one rank's padded share
 SEED = 5
 
@@ -90,10 +91,10 @@ class MaskedBatches(TrainBatches):
     crash_at: int | None = None
     """Step (from 0) that never begins."""
 
-    def microbatches(self, step: int) -> Iterator[Batch]:
-        if step == self.crash_at:
+    def microbatches(self, first: int) -> Iterator[Batch]:
+        if self.crash_at is not None and first == self.crash_at * self.global_batch_size:
             raise Crash
-        for batch in super().microbatches(step):
+        for batch in super().microbatches(first):
             yield dataclasses.replace(batch, loss_mask=(batch.labels % 4 != 0).float())
 
 
@@ -108,6 +109,7 @@ class Run:
     teacher: Path | None = None
     valid: Path | None = None
     precision: Precision = "fp32"
+    seq_length: int = SEQ_LENGTH
     resume: bool = False
     crash_at: int | None = None
 
@@ -115,7 +117,7 @@ class Run:
 def open_batches(run: Run, *, rank: int = 0, size: int = 1) -> MaskedBatches:
     """Training batches of a data-parallel rank."""
     batches = MaskedBatches(
-        open_train(DataConfig(path=[str(run.tokens)], seq_length=SEQ_LENGTH)),
+        open_train(DataConfig(path=[str(run.tokens)], seq_length=run.seq_length)),
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=run.train.micro_batch_size,
         data_parallel_rank=rank,

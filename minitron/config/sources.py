@@ -33,6 +33,8 @@ def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[
                 f"unexpected argument {flag}; give keys as --key value (--help lists them)"
             )
         name, has_value, text = flag[2:].partition("=")
+        if name.replace("-", "_") in keys:  # as other programs write their flags
+            name = name.replace("-", "_")
         if name in _WITHOUT_VALUE:
             flags[name] = []
             continue

@@ -1,7 +1,7 @@
 """The data section of a recipe, and the micro-batches that a rank computes with.
 
-Batches are functions of the step and of the rank's place in the data-parallel group: nothing is
-iterated over, so that there is no position to lose when a run is resumed.
+Batches are functions of a position in the data and of the rank's place in the data-parallel group:
+nothing is iterated over, so that there is no state to lose when a run is resumed.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def collate(samples: Sequence[NDArray[np.int64]], *, size: int, seq_length: int)
 class TrainBatches:
     """The training samples of one data-parallel rank, step by step.
 
-    The global batch of step k is samples [k G, k G + G) of the source. Its micro-batch m takes
-    b samples for each rank in turn, so that together the ranks read it from left to right.
+    A global batch is G consecutive samples of the source. Its micro-batch m takes b samples for
+    each rank in turn, so that together the ranks read it from left to right.
 
     Args:
         source: the sequence of samples.
@@ -213,17 +213,17 @@ class TrainBatches:
         self.num_microbatches = global_batch_size // share
         self.seq_length = source.seq_length
         self._source = source
-        self._global_batch_size = global_batch_size
+        self.global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._stride = share
         self._offset = data_parallel_rank * micro_batch_size
         self._seed = seed
 
-    def microbatches(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches of a step, counted from 0."""
+    def microbatches(self, first: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the global batch that begins with sample `first`."""
         for number in range(self.num_microbatches):
-            first = step * self._global_batch_size + number * self._stride + self._offset
-            indices = range(first, first + self._micro_batch_size)
+            start = first + number * self._stride + self._offset
+            indices = range(start, start + self._micro_batch_size)
             yield collate(
                 [self._source.read(index, seed=self._seed) for index in indices],
                 size=self._micro_batch_size,

@@ -1,10 +1,10 @@
 """Checkpoints to resume from: megatron-core's `torch_dist`, complete or absent.
 
-`checkpoints/iter_0000100/` holds the sharded model, the optimizer and the step, and beside them the
-model's `config.json` and tokenizer, so that a checkpoint can be exported by itself. The directory
-is written under another name and renamed, so that a run killed while saving resumes from the one
-before. The data order is a function of seed and step, and the models have no dropout: there is no
-other state. Checkpoints are pickles in part, to be loaded only from where one would run code.
+`checkpoints/iter_0000100/` holds the sharded model, the optimizer and the run's position, and
+beside them the model's `config.json` and tokenizer, so that a checkpoint can be exported by itself.
+The directory is written under another name and renamed, so that a run killed while saving resumes
+from the one before. The data order is a function of the seed, and the models have no dropout: there
+is no other state. Checkpoints are pickles in part, to be loaded only from where one would run code.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ _NAME = re.compile(r"iter_(\d{7,})")
 
 # The sharding whose optimizer state can be read under another topology.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens learnt from."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +78,24 @@ def list_checkpoints(directory: Path) -> list[int]:
 
 def save_checkpoint(
     directory: Path,
-    step: int,
+    position: Position,
     model: LlamaModel,
     optimizer: MegatronOptimizer | None = None,
     *,
     files: ModelFiles | None = None,
     keep: int = 0,
 ) -> None:
-    """Write the checkpoint of a step from all ranks, then delete all but the `keep` newest.
+    """Write a checkpoint from all ranks, then delete all but the `keep` newest.
 
     Args:
         directory: of all checkpoints of the run.
-        step: optimizer steps done.
+        position: of the run.
         model: this rank's part, not its data-parallel wrapper.
         optimizer: its optimizer; None saves the weights alone.
         files: the model's config and tokenizer, to lie beside the shards.
         keep: checkpoints to keep; 0 keeps all.
     """
-    path = checkpoint_path(directory, step)
+    path = checkpoint_path(directory, position.step)
     partial = path.with_name(f".{path.name}.partial")
 
     def create() -> None:
@@ -94,7 +104,7 @@ def save_checkpoint(
 
     parallel.on_rank_zero(create)
     state = _sharded_state(model, optimizer, is_loading=False)
-    state |= {"iteration": step, "checkpoint_version": 3.0}
+    state |= _common(position, version=3.0)
     dist_checkpointing.save(state, str(partial))
 
     def publish() -> None:
@@ -102,7 +112,7 @@ def save_checkpoint(
             files.write(partial, model.arch)
         artifact.replace_directory(partial, path)
         tracker = directory / f".{TRACKER_FILE}.partial"
-        tracker.write_text(f"{step}\n")
+        tracker.write_text(f"{position.step}\n")
         tracker.replace(directory / TRACKER_FILE)
         for old in list_checkpoints(directory)[:-keep] if keep else []:
             shutil.rmtree(checkpoint_path(directory, old))
@@ -112,11 +122,11 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path, model: LlamaModel, optimizer: MegatronOptimizer | None = None
-) -> int:
+) -> Position:
     """Fill a model, and its optimizer if given, from a checkpoint of any topology.
 
     Returns:
-        The step of the checkpoint.
+        How far the run had come.
 
     Raises:
         MinitronError: there is no complete checkpoint at `path`, or it is damaged or of another
@@ -127,7 +137,7 @@ def load_checkpoint(
     if optimizer is not None:
         _create_state(optimizer)
     state = _sharded_state(model, optimizer, is_loading=True)
-    state |= {"iteration": 0, "checkpoint_version": 0.0}
+    state |= _common(Position(), version=0.0)
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:  # torch's is no Exception
@@ -139,7 +149,16 @@ def load_checkpoint(
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
-    return int(loaded["iteration"])
+    return Position(int(loaded["iteration"]), int(loaded.get("consumed_tokens", 0)))
+
+
+def _common(position: Position, *, version: float) -> dict[str, Any]:
+    """What is the same on all ranks, by Megatron's names where it has one."""
+    return {
+        "iteration": position.step,
+        "consumed_tokens": position.tokens,
+        "checkpoint_version": version,
+    }
 
 
 def _reason(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from minitron.model.llama import LlamaModel
 from minitron.model.schedule import TokenMeans, run_schedule
 from minitron.train.checkpoint import (
     ModelFiles,
+    Position,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
@@ -67,9 +68,14 @@ class Trainer:
         self.checkpoints = out / CHECKPOINTS
         self.out = out
         self.files = files
-        self.step = 0
+        self.position = Position()
         self.wrapped = wrap_model(model)
         self.optimizer = build_optimizer(self.wrapped, config)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.position.step
 
     @property
     def tokens_per_step(self) -> int:
@@ -77,12 +83,21 @@ class Trainer:
         return self.config.global_batch_size * self.batches.seq_length
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of the run, if there is one."""
+        """Continue from the newest checkpoint of the run, if there is one.
+
+        Raises:
+            MinitronError: it is damaged, or beyond the last step.
+        """
         steps = list_checkpoints(self.checkpoints)
         if steps:
             path = checkpoint_path(self.checkpoints, steps[-1])
-            self.step = load_checkpoint(path, self.model, self.optimizer)
+            self.position = load_checkpoint(path, self.model, self.optimizer)
             log(f"resumed from {path} at step {self.step}")
+        if self.step > self.config.steps:
+            raise MinitronError(
+                f"train.steps={self.config.steps} is less than the {self.step} steps that the run "
+                "has done; raise it"
+            )
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, validating and saving on the way.
@@ -100,9 +115,10 @@ class Trainer:
             validated = self._validate(writer)
         elif self.step == config.steps:  # resumed when all was done: its record is there
             validated = self._validate(None)
+        remaining = (config.steps - self.step) * self.tokens_per_step
         with progress(
-            total=config.steps * self.tokens_per_step,
-            initial=self.step * self.tokens_per_step,
+            total=self.position.tokens + remaining,
+            initial=self.position.tokens,
             desc="train",
             unit="tokens",
             enabled=enabled,
@@ -124,13 +140,13 @@ class Trainer:
                 ):
                     self._save_checkpoint()
         writer.close()
-        return {**validated, "tokens": self.step * self.tokens_per_step}
+        return {**validated, "tokens": self.position.tokens}
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step on one global batch; what `metrics.jsonl` says of it."""
         platform.synchronize()
         start = time.perf_counter()
-        microbatches = list(self.batches.microbatches(self.step))
+        microbatches = list(self.batches.microbatches(self._next_sample()))
         self.objective.prepare(microbatches)
         means = TokenMeans(self.objective.training_losses, self.model.topology)
         minimised = self.objective.training_losses[0]
@@ -144,7 +160,7 @@ class Trainer:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         run_schedule(self.wrapped, microbatches, on_output, forward_only=False)
-        self.step += 1
+        self.position = Position(self.step + 1, self.position.tokens + self.tokens_per_step)
         lr = learning_rate(self.step, self.config)
         set_learning_rate(self.optimizer, lr)
         _, grad_norm, _ = self.optimizer.step()
@@ -161,9 +177,18 @@ class Trainer:
             **losses,
             "lr": lr,
             "grad_norm": float(grad_norm),
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.position.tokens,
             "tokens_per_second": self.tokens_per_step / (time.perf_counter() - start),
+            "peak_memory_gb": platform.peak_memory_bytes() / 1e9,
         }
+
+    def _next_sample(self) -> int:
+        """Where the next global batch begins.
+
+        Counted in tokens, so that batches or samples of another size continue where those before
+        them ended.
+        """
+        return self.position.tokens // self.batches.seq_length
 
     def _validate(self, writer: MetricsWriter | None) -> dict[str, float]:
         if self.validation is None:
@@ -177,14 +202,14 @@ class Trainer:
         )
         losses.pop("tokens")
         if writer is not None:
-            writer.write({"step": self.step, "tokens": self.step * self.tokens_per_step, **losses})
+            writer.write({"step": self.step, "tokens": self.position.tokens, **losses})
         log(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
         return losses
 
     def _save_checkpoint(self) -> None:
         save_checkpoint(
             self.checkpoints,
-            self.step,
+            self.position,
             self.model,
             self.optimizer,
             files=self.files,

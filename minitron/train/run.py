@@ -27,6 +27,7 @@ from minitron.data.batches import (
 )
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
+from minitron.metrics import log
 from minitron.model.llama import LlamaModel
 from minitron.model.sharding import save_model
 from minitron.parallel import Topology
@@ -45,13 +46,25 @@ _FREE_KEYS = (
     "train.valid_interval",
     "train.checkpoint_interval",
     "train.keep_checkpoints",
+    "allow_change",
+)
+# What may differ if asked for. Where samples or batches of another size begin follows from the
+# tokens seen so far; the learning rate is a function of the step.
+_CHANGEABLE_KEYS = (
+    "data.seq_length",
+    "train.global_batch_size",
+    "train.steps",
+    "train.lr",
+    "train.min_lr",
+    "train.warmup_steps",
 )
 
 
 def open_run(recipe: Any) -> None:
     """Create the run's directory and save the recipe in it; call on all ranks.
 
-    With `recipe.resume` an earlier attempt's directory is taken over if its recipe agrees.
+    With `recipe.resume` an earlier attempt's directory is taken over if its recipe agrees; with
+    `recipe.allow_change` batches, samples and the learning rate's schedule may be others.
 
     Raises:
         MinitronError: the directory is not empty and neither resume nor overwrite is asked for, or
@@ -66,7 +79,7 @@ def open_run(recipe: Any) -> None:
         artifact.create_directory(out.resolve())
         saved = out / artifact.RECIPE
         if recipe.resume and saved.exists():
-            _check_same_recipe(_read_recipe(saved), config.to_dict(recipe), saved)
+            _check_same_recipe(recipe, saved)
         (out / artifact.MANIFEST).unlink(missing_ok=True)
         config.save(recipe, saved)
 
@@ -155,19 +168,26 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    old_flat, new_flat = dict(_flatten(old)), dict(_flatten(new))
-    changed = [
-        f"{key}: {old_flat.get(key)} -> {new_flat.get(key)}"
-        for key in sorted(old_flat.keys() | new_flat.keys())
-        if old_flat.get(key) != new_flat.get(key)
+def _check_same_recipe(recipe: Any, path: Path) -> None:
+    """Refuse to go on with another recipe than the one at `path`, but for what may change."""
+    old, new = dict(_flatten(_read_recipe(path))), dict(_flatten(config.to_dict(recipe)))
+    changed = {
+        key: f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
         and not any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
-    ]
-    if changed:
+    }
+    changeable = changed.keys() <= set(_CHANGEABLE_KEYS)
+    if changed and not (changeable and recipe.allow_change):
+        remedy = "take the old values or another --out"
+        if changeable:
+            remedy = f"add --allow-change, or {remedy}"
         raise MinitronError(
             f"--resume would continue a run with another recipe than {path}: "
-            f"{'; '.join(changed)}; take the old values or another --out"
+            f"{'; '.join(changed.values())}; {remedy}"
         )
+    for change in changed.values():
+        log(f"goes on with a changed recipe: {change}")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:

@@ -45,7 +45,7 @@ def test_training_batch_holds_inputs_and_next_tokens(write_windows):
     source = Blend([write_windows(9)])
     batches = train_batches(source)
     assert (batches.num_microbatches, batches.seq_length) == (4, 4)
-    for number, batch in enumerate(batches.microbatches(3)):
+    for number, batch in enumerate(batches.microbatches(3 * 8)):
         for row in range(2):
             sample = source.read(3 * 8 + number * 2 + row, seed=5)
             assert batch.tokens[row].tolist() == sample[:-1].tolist()
@@ -71,7 +71,7 @@ def test_ranks_together_read_the_global_batch(write_windows, size, weights):
     source = Blend([write_windows(9), write_windows(5, start=50, name="b")], weights)
     for step in (0, 1, 7):
         expected = [source.read(step * 8 + j, seed=5)[0] for j in range(8)]
-        ranks = [list(train_batches(source, r, size).microbatches(step)) for r in range(size)]
+        ranks = [list(train_batches(source, r, size).microbatches(step * 8)) for r in range(size)]
         rows = [
             batch.tokens[row, 0].item()
             for number in range(8 // (2 * size))
@@ -86,7 +86,7 @@ def test_one_epoch_of_steps_reads_every_sample_once(write_windows):
     first_tokens = [
         token
         for k in range(3)
-        for b in batches.microbatches(k)
+        for b in batches.microbatches(k * 8)
         for token in b.tokens[:, 0].tolist()
     ]
     assert sorted(first_tokens) == [4 * i for i in range(24)]

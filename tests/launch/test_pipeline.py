@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from minitron import artifact
 from minitron.data.tokenizer import load_tokenizer
 from tests.launch.launcher import LAUNCH, TIMEOUT_S, Launch, launch
-from tests.runs import write_tokens
+from tests.runs import MEASURED, write_tokens
 
 SEQ_LENGTH = 32
 # Samples of an evaluation whose number two ranks with micro-batches of 3 do not divide, and a
@@ -164,7 +164,7 @@ def test_the_teacher_learns_and_says_how(demo):
     trained, validated = records(demo / "teacher")
     assert [line["step"] for line in trained] == list(range(1, STEPS + 1))
     for line in trained:
-        assert line.keys() == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second"}
+        assert line.keys() == {"step", "loss", "lr", "grad_norm", "tokens", *MEASURED}
         assert line["tokens"] == line["step"] * BATCH * SEQ_LENGTH
         assert line["grad_norm"] > 0
         assert line["tokens_per_second"] > 0
@@ -333,5 +333,6 @@ def test_a_killed_run_resumes_to_the_same_weights(demo):
     assert weights[0] == weights[1]
     for resumed, whole in zip(records(out), records(demo / "width"), strict=True):
         for line in (*resumed, *whole):
-            line.pop("tokens_per_second", None)
+            for key in MEASURED:
+                line.pop(key, None)
         assert resumed == whole

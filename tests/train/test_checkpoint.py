@@ -1,5 +1,6 @@
 """A killed run goes on as if nothing had happened, on the same ranks or on others."""
 
+import itertools
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
@@ -15,14 +17,24 @@ from minitron.model.sharding import open_model, save_model
 from minitron.parallel import initialize
 from minitron.train.checkpoint import (
     TRACKER_FILE,
+    Position,
     checkpoint_path,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
 from minitron.train.config import TrainConfig
-from tests import runs
-from tests.runs import SEQ_LENGTH, VOCAB, Run, build_model, load_tensors, run_on, write_tokens
+from tests import reference, runs
+from tests.runs import (
+    MEASURED,
+    SEQ_LENGTH,
+    VOCAB,
+    Run,
+    build_model,
+    load_tensors,
+    run_on,
+    write_tokens,
+)
 from tests.tiny import save_llama
 
 CONFIG = TrainConfig(
@@ -72,7 +84,7 @@ def resume(killed, run, out, topology, precision="fp32"):
 
 def step_records(out):
     records = read_metrics(out / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 @pytest.mark.parametrize(
@@ -117,15 +129,47 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, run, finished, saved, resumed)
         assert (tensor - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
+@pytest.mark.parametrize("topology", ["tp1", "dp2"])
+def test_batches_samples_and_learning_rate_may_change_in_a_run(tmp_path, run, finished, topology):
+    killed = finished("tp1", killed=True)
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    train = replace(WITHOUT_CHECKPOINTS, global_batch_size=6, lr=5e-3, steps=12)
+    changed = replace(run, out=tmp_path, train=train, seq_length=SEQ_LENGTH // 2, resume=True)
+    run_on(topology, runs.train, changed)
+
+    model = LlamaForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    expected = reference.train(model, None, run, changed, changed_at=5)
+    found = step_records(tmp_path)
+    assert [r["step"] for r in found] == list(range(1, 13))
+    tokens = [*(4 * SEQ_LENGTH for _ in range(5)), *(6 * SEQ_LENGTH // 2 for _ in range(7))]
+    assert [r["tokens"] for r in found] == list(itertools.accumulate(tokens))
+    for ours, theirs in zip(found[5:], expected[5:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def _too_few_steps(parallel, run):
+    with pytest.raises(MinitronError) as caught:
+        runs.train(parallel, run)
+    return str(caught.value)
+
+
+def test_a_run_cannot_end_before_it_has_come(tmp_path, run, finished):
+    shutil.copytree(finished("tp1", killed=True), tmp_path, dirs_exist_ok=True)
+    short = replace(run, out=tmp_path, train=replace(CONFIG, steps=4), resume=True)
+    (message,) = run_on("tp1", _too_few_steps, short)
+    assert message == "train.steps=4 is less than the 5 steps that the run has done; raise it"
+
+
 def _export(parallel, model_dir, checkpoint, out):
     """Write a checkpoint's weights as a model directory, into a model of no weights."""
     topology = initialize(parallel)
     arch, _ = open_model(model_dir)
     model = build_llama(arch, topology, None, dtype=torch.float32)
-    step = load_checkpoint(checkpoint, model)
+    position = load_checkpoint(checkpoint, model)
     out.mkdir(exist_ok=True)
     save_model(model, out, dtype=torch.float32, base_dir=checkpoint)
-    return step
+    return position.step
 
 
 def test_weights_are_read_without_the_optimizer_on_any_ranks(tmp_path, run, finished):
@@ -149,7 +193,7 @@ def _save_three(parallel, model_dir, directory):
     topology = initialize(parallel)
     model = build_model(model_dir, topology)
     for step in (1, 2, 3):
-        save_checkpoint(directory, step, model, keep=2)
+        save_checkpoint(directory, Position(step), model, keep=2)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, run):

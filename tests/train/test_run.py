@@ -27,6 +27,7 @@ class Recipe:
     seed: int = 1
     overwrite: bool = False
     resume: bool = False
+    allow_change: bool = False
 
 
 @pytest.fixture
@@ -106,6 +107,32 @@ def test_resuming_another_recipe_is_refused(recipe):
         "seed: 1 -> 2; train.steps: 100 -> 7; take the old values or another --out"
     )
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 1
+
+
+def test_batches_and_learning_rate_may_change_if_asked(recipe, caplog):
+    _attempt(recipe)
+    other = replace(recipe, resume=True, train=replace(recipe.train, lr=1e-3, global_batch_size=9))
+    changes = "train.global_batch_size: 8 -> 9", "train.lr: 0.0001 -> 0.001"
+    with pytest.raises(MinitronError) as caught:
+        open_run(other)
+    assert str(caught.value).endswith(
+        f": {'; '.join(changes)}; add --allow-change, or take the old values or another --out"
+    )
+    with caplog.at_level("INFO"):
+        open_run(replace(other, allow_change=True))
+    assert [f"goes on with a changed recipe: {change}" for change in changes] == caplog.messages
+    assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["train"]["lr"] == 1e-3
+
+
+def test_what_is_learnt_may_not_change(recipe):
+    _attempt(recipe)
+    train = replace(recipe.train, steps=7, weight_decay=0.5)
+    with pytest.raises(MinitronError) as caught:
+        open_run(replace(recipe, resume=True, allow_change=True, train=train))
+    assert str(caught.value).endswith(
+        "train.steps: 100 -> 7; train.weight_decay: 0.1 -> 0.5; "
+        "take the old values or another --out"
+    )
 
 
 def _finish(parallel, recipe, model_dir):
