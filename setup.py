@@ -105,7 +105,16 @@ def link(objects: list[Path], output: Path) -> list[str]:
 
     search = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries = ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-    return [compiler(), "-shared", "-fopenmp", *map(str, objects), *search, *libraries, "-o", str(output)]
+    return [
+        compiler(),
+        "-shared",
+        "-fopenmp",
+        *map(str, objects),
+        *search,
+        *libraries,
+        "-o",
+        str(output),
+    ]
 
 
 def run(command: list[str]) -> None:
