@@ -147,6 +147,9 @@ class Batch:
     """[b, s] int64, 0 to s - 1."""
     valid: Tensor
     """[b] bool, False for a row that only fills up the batch."""
+    sample_ids: Tensor
+    """[b, 2] int64, fingerprint of the token stream and number of the sample in it, which name a
+    sample in any order and any batch; -1 where a row is no such sample."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
@@ -155,8 +158,17 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[NDArray[np.int64]], *, size: int, seq_length: int) -> Batch:
+def collate(
+    samples: Sequence[NDArray[np.int64]],
+    sample_ids: Sequence[tuple[int, int]],
+    *,
+    size: int,
+    seq_length: int,
+) -> Batch:
     """Stack samples of up to S + 1 tokens into a batch, filling rows and batch with padding."""
+    ids = np.full((size, 2), -1, np.int64)
+    for row, sample_id in enumerate(sample_ids):
+        ids[row] = sample_id
     tokens, labels = np.zeros((2, size, seq_length), np.int64)
     loss_mask = np.zeros((size, seq_length), np.float32)
     for row, sample in enumerate(samples):
@@ -170,6 +182,7 @@ def collate(samples: Sequence[NDArray[np.int64]], *, size: int, seq_length: int)
         loss_mask=torch.from_numpy(loss_mask),
         position_ids=torch.arange(seq_length).repeat(size, 1),
         valid=torch.arange(size) < len(samples),
+        sample_ids=torch.from_numpy(ids),
     )
 
 
@@ -226,6 +239,7 @@ class TrainBatches:
             indices = range(start, start + self._micro_batch_size)
             yield collate(
                 [self._source.read(index, seed=self._seed) for index in indices],
+                [self._source.sample_id(index, seed=self._seed) for index in indices],
                 size=self._micro_batch_size,
                 seq_length=self.seq_length,
             )
@@ -283,14 +297,18 @@ class EvalBatches:
         for number in range(len(self)):
             first = number * self.samples_per_microbatch + self._offset
             last = min(first + self._micro_batch_size, self.num_samples)
+            located = [self._locate(index) for index in range(first, last)]
             yield collate(
-                [self._read(index) for index in range(first, last)],
+                [_sample(window, position) for window, position in located],
+                [window.sample_id(position) for window, position in located],
                 size=self._micro_batch_size,
                 seq_length=self._windows[0].seq_length,
             )
 
-    def _read(self, index: int) -> NDArray[np.int64]:
+    def _locate(self, index: int) -> tuple[TokenWindows, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
-        window = self._windows[number]
-        position = index - int(self._ends[number]) + self._counts[number]
-        return window[position] if position < len(window) else window.remainder()
+        return self._windows[number], index - int(self._ends[number]) + self._counts[number]
+
+
+def _sample(window: TokenWindows, position: int) -> NDArray[np.int64]:
+    return window[position] if position < len(window) else window.remainder()

@@ -45,6 +45,10 @@ class TokenWindows:
         start = index * self.seq_length
         return self.stream.read(start, start + self.seq_length + 1)
 
+    def sample_id(self, index: int) -> tuple[int, int]:
+        """What names a sample wherever it is read: its stream's fingerprint and its number."""
+        return self.stream.fingerprint, index
+
     @property
     def has_remainder(self) -> bool:
         """True where tokens are left to predict after the last full sample."""
@@ -115,6 +119,11 @@ class Blend:
         drawn_before = period * self._shares[dataset] + int(self._ordinals[position])
         size = len(self._datasets[dataset])
         return dataset, _shuffled(drawn_before, size, f"{seed}/{dataset}")
+
+    def sample_id(self, index: int, *, seed: int) -> tuple[int, int]:
+        """What names the sample at `index`: its stream's fingerprint and its number there."""
+        dataset, sample = self.locate(index, seed=seed)
+        return self._datasets[dataset].sample_id(sample)
 
     def read(self, index: int, *, seed: int) -> NDArray[np.int64]:
         """The [S + 1] tokens of the sample at `index` of the sequence that `seed` shuffles."""

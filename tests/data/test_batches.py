@@ -57,6 +57,28 @@ def test_training_batch_holds_inputs_and_next_tokens(write_windows):
         assert batch.valid.tolist() == [True, True]
 
 
+def test_a_sample_has_one_name_in_any_batch(write_windows):
+    sources = [write_windows(5), write_windows(4, start=50, name="b")]
+    streams = {window.stream.fingerprint: window for window in sources}
+    assert len(streams) == 2
+    named = {}
+    for seed, micro, ranks in ((5, 2, 1), (6, 1, 2), (7, 3, 1)):
+        for rank in range(ranks):
+            batches = train_batches(Blend(sources), rank, ranks, micro=micro, total=6, seed=seed)
+            for batch in [*batches.microbatches(0), *batches.microbatches(1)]:
+                for (stream, number), tokens in zip(
+                    batch.sample_ids.tolist(), batch.tokens, strict=True
+                ):
+                    assert streams[stream][number][:-1].tolist() == tokens.tolist()
+                    named[stream, number] = tokens
+    assert len(named) == 9
+    for batch in eval_batches(sources, micro=4, remainder=False):
+        for name, tokens, valid in zip(
+            batch.sample_ids.tolist(), batch.tokens, batch.valid, strict=True
+        ):
+            assert named[tuple(name)].equal(tokens) if valid else name == [-1, -1]
+
+
 def test_batch_moves_to_a_device(write_windows):
     batch = next(train_batches(Blend([write_windows(9)])).microbatches(0))
     moved = batch.to(torch.device("meta"))

@@ -172,3 +172,16 @@ def test_file_whose_dtype_cannot_hold_a_bad_id_is_not_scanned(write_tokens, monk
     stream = TokenStream(write_tokens([[65535]]))
     monkeypatch.setattr(stream, "_tokens", None)
     stream.check_ids(65536)
+
+
+def test_fingerprint_is_of_the_tokens_alone(write_tokens):
+    tokens = np.random.default_rng(0).integers(200, size=300_000)
+    first = TokenStream(write_tokens([tokens])).fingerprint
+    assert 0 <= first < 1 << 63
+    parts = [tokens[:1000], tokens[1000:]]
+    assert TokenStream(write_tokens(parts, name="b", dtype=np.int32)).fingerprint == first
+    assert TokenStream(write_tokens([tokens[:-1]], name="c")).fingerprint != first
+    for position in (0, 4095, 299_999):
+        changed = tokens.copy()
+        changed[position] += 1
+        assert TokenStream(write_tokens([changed], name="d")).fingerprint != first

@@ -52,6 +52,7 @@ def _batch(vocab_size):
         loss_mask=torch.ones(2, 24),
         position_ids=torch.arange(24).repeat(2, 1),
         valid=torch.ones(2, dtype=torch.bool),
+        sample_ids=torch.full((2, 2), -1),
     )
 
 
