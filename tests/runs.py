@@ -112,6 +112,7 @@ class Run:
     seq_length: int = SEQ_LENGTH
     resume: bool = False
     crash_at: int | None = None
+    until_step: int | None = None
 
 
 def open_batches(run: Run, *, rank: int = 0, size: int = 1) -> MaskedBatches:
@@ -169,7 +170,7 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         trainer.resume()
     result = {}
     with contextlib.suppress(Crash):
-        result = trainer.run()
+        result = trainer.run(run.until_step)
         dtype = platform.DTYPES[run.precision]
         save_model(model, run.out / "model", dtype=dtype, base_dir=run.model)
     return result

@@ -99,13 +99,18 @@ class Trainer:
                 "has done; raise it"
             )
 
-    def run(self) -> dict[str, Any]:
+    def run(self, until_step: int | None = None) -> dict[str, Any]:
         """Train to the last step, validating and saving on the way.
+
+        Args:
+            until_step: stop there, validated and with a checkpoint to go on from; the learning
+                rate is still on its way to the last step. None goes to the last step.
 
         Returns:
             The last validation's losses (empty without validation data), and `tokens`.
         """
         config = self.config
+        end = config.steps if until_step is None else until_step
         enabled = parallel.is_rank_zero()
         writer = MetricsWriter(self.out, enabled=enabled, append=self.step > 0)
         if self.step > 0:
@@ -113,9 +118,9 @@ class Trainer:
         validated: dict[str, float] = {}
         if self.step == 0:
             validated = self._validate(writer)
-        elif self.step == config.steps:  # resumed when all was done: its record is there
+        elif self.step == end:  # resumed when all was done: its record is there
             validated = self._validate(None)
-        remaining = (config.steps - self.step) * self.tokens_per_step
+        remaining = (end - self.step) * self.tokens_per_step
         with progress(
             total=self.position.tokens + remaining,
             initial=self.position.tokens,
@@ -123,7 +128,7 @@ class Trainer:
             unit="tokens",
             enabled=enabled,
         ) as bar:
-            while self.step < config.steps:
+            while self.step < end:
                 record = self._train_step()
                 writer.write(record)
                 bar.update(
@@ -132,11 +137,12 @@ class Trainer:
                     loss=record["loss"],
                     grad_norm=record["grad_norm"],
                 )
-                last = self.step == config.steps
+                last = self.step == end
                 if last or (config.valid_interval and self.step % config.valid_interval == 0):
                     validated = self._validate(writer)
-                if config.checkpoint_interval and (
-                    last or self.step % config.checkpoint_interval == 0
+                if (last and until_step is not None) or (
+                    config.checkpoint_interval
+                    and (last or self.step % config.checkpoint_interval == 0)
                 ):
                     self._save_checkpoint()
         writer.close()

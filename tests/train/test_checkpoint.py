@@ -108,6 +108,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+@pytest.mark.parametrize("topology", ["tp1", "dp2"])
+def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(tmp_path, run, finished, topology):
+    first = replace(run, out=tmp_path, train=WITHOUT_CHECKPOINTS, until_step=4)
+    result = run_on(topology, runs.train, first)[0]
+    assert result["tokens"] == 4 * 4 * SEQ_LENGTH
+    assert list_checkpoints(tmp_path / "checkpoints") == [4]
+    run_on(topology, runs.train, replace(first, resume=True))  # already there: stays
+    assert list_checkpoints(tmp_path / "checkpoints") == [4]
+    run_on(topology, runs.train, replace(first, until_step=10, resume=True))
+    assert list_checkpoints(tmp_path / "checkpoints") == [4, 10]
+
+    whole = finished(topology)
+    assert step_records(tmp_path) == step_records(whole)
+    found, expected = load_tensors(tmp_path / "model"), load_tensors(whole / "model")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
