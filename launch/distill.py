@@ -86,6 +86,8 @@ def main(recipe: Recipe) -> None:
     )
     check_parallel(teacher_arch, teacher_topology.config)
     check_parallel(student_arch, recipe.parallel)
+    for arch in (teacher_arch, student_arch):
+        arch.check_seq_length(recipe.data.seq_length)
     batches, validation = open_batches(
         recipe.data,
         recipe.train,

@@ -72,6 +72,7 @@ def main(recipe: Recipe) -> None:
     inputs = [recipe.model.path]
     on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     arch, weights = open_model(recipe.model.path)
+    arch.check_seq_length(recipe.data.seq_length)
     tokenizer = find_tokenizer(recipe.model.path)
     data = on_rank_zero(lambda: prepare_data(recipe.data, tokenizer, vocab_size=arch.vocab_size))
     batches = EvalBatches(

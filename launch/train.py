@@ -139,6 +139,7 @@ def main(recipe: Recipe) -> None:
     tokenizer = _tokenizer(recipe)
     arch, weights = _model(recipe, tokenizer)
     check_parallel(arch, recipe.parallel)
+    arch.check_seq_length(recipe.data.seq_length)
     batches, validation = open_batches(
         recipe.data,
         recipe.train,

@@ -77,6 +77,21 @@ class Architecture:
         if self.kv_channels % 2:
             raise MinitronError(f"kv_channels={self.kv_channels} is odd; RoPE rotates pairs")
 
+    def check_seq_length(self, seq_length: int) -> None:
+        """Refuse samples that are longer than the model's context.
+
+        RoPE scaling needs no room of its own: `max_position_embeddings` counts what it adds.
+
+        Raises:
+            MinitronError: with the longest length that would do.
+        """
+        if seq_length > self.max_position_embeddings:
+            raise MinitronError(
+                f"data.seq_length={seq_length} is longer than the model's context; use at most "
+                f"max_position_embeddings={self.max_position_embeddings}, or raise that in its "
+                "config.json to train a longer one"
+            )
+
     @property
     def query_size(self) -> int:
         """Rows of the query projection: heads times head dimension."""

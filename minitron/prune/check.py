@@ -61,6 +61,7 @@ def compare_losses(
     """
     parallel.check_seq_length(data.seq_length)
     arch, weights = open_model(source_dir)
+    arch.check_seq_length(data.seq_length)
     student_arch, student_weights = open_model(student_dir)
     check_parallel(student_arch, parallel)
     tokenizer = find_tokenizer(source_dir)

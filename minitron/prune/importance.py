@@ -109,6 +109,7 @@ def open_calibration(
     parallel.check_seq_length(data.seq_length)
     topology = initialize(parallel)
     arch, weights = open_model(model_path)
+    arch.check_seq_length(data.seq_length)
     tokenizer = find_tokenizer(model_path)
     prepared = on_rank_zero(lambda: prepare_data(data, tokenizer, vocab_size=arch.vocab_size))
     model = build_llama(

@@ -43,8 +43,10 @@ def flip_a_bit(file):
 def world(tmp_path_factory, forked):
     """A directory with models, data and runs, sound and damaged."""
     root = tmp_path_factory.mktemp("world")
+    long = {"max_position_embeddings": 2048}  # as long as data.seq_length is by default
     for name, options in {"model": {}, "other": {"seed": 1}, "wide": {"vocab_size": 99}}.items():
-        save_llama(root / name, **options)
+        save_llama(root / name, **long, **options)
+    save_llama(root / "short", max_position_embeddings=15)
 
     shutil.copytree(root / "model", root / "truncated")
     weights = root / "truncated" / "model.safetensors"
@@ -56,7 +58,7 @@ def world(tmp_path_factory, forked):
     (root / "weightless" / "model.safetensors").unlink()
 
     for name, module in {"speaks_a": textwrap, "speaks_b": inspect}.items():
-        save_llama(root / name, vocab_size=350)
+        save_llama(root / name, vocab_size=350, **long)
         train_sentencepiece([inspect.getsource(module)], 350, root / name)
     (root / "text.txt").write_text(inspect.getsource(textwrap))
     preprocess([root / "text.txt"], load_tokenizer(root / "speaks_a"), root / "tokens_a")
@@ -166,6 +168,21 @@ MISTAKES = {
         for stage, arguments in {"eval": EVAL, "importance": EVAL}.items()
     },
     # Models
+    **{
+        f"{stage}: samples longer than the context": (
+            stage,
+            (*arguments, *DATA),
+            "data.seq_length=16 is longer than the model's context; use at most "
+            "max_position_embeddings=15, or raise that in its config.json",
+        )
+        for stage, arguments in {
+            "eval": ("--model", "short"),
+            "importance": ("--model", "short"),
+            "train": ("--model", "short"),
+            "distill": ("--teacher", "short", "--student", "model"),
+            "prune": ("--model", "short", "--prune.drop_layers", 1),
+        }.items()
+    },
     "no model directory": ("eval", ("--model", "no", *DATA), "no is not a directory; give a Hugg"),
     "no config": ("eval", ("--model", "full", *DATA), "full has no config.json; give a Hugging"),
     "no weights": ("eval", ("--model", "weightless", *DATA), "has neither model.safetensors nor"),

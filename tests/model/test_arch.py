@@ -5,7 +5,7 @@ from transformers import LlamaForCausalLM
 
 from minitron.errors import MinitronError
 from minitron.model import hf
-from minitron.model.arch import Architecture
+from minitron.model.arch import Architecture, RopeScaling
 from tests.tiny import VARIANTS, tiny_config
 
 LLAMA_31_8B = Architecture(
@@ -88,6 +88,16 @@ def test_parameter_count_equals_that_of_transformers(overrides):
 def test_a_size_must_be_a_positive_whole_number(name, value):
     with pytest.raises(MinitronError, match=f"{name}={value!r} must be a whole number"):
         dataclasses.replace(SMALL, **{name: value})
+
+
+def test_samples_may_fill_the_context_and_no_more():
+    """Llama 3.1's scaled context counts whole, not the 8192 tokens that it was scaled from."""
+    arch = dataclasses.replace(
+        LLAMA_31_8B, max_position_embeddings=131072, rope_scaling=RopeScaling()
+    )
+    arch.check_seq_length(131072)
+    with pytest.raises(MinitronError, match=r"data.seq_length=131073 is .* at most .*=131072, or"):
+        arch.check_seq_length(131073)
 
 
 def test_heads_must_divide_into_groups():
