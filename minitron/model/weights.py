@@ -7,6 +7,8 @@ holds more than the tensor at hand.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import math
 import os
@@ -137,11 +139,19 @@ class WeightWriter:
         self._descriptors: dict[Path, int] = {}
 
     def create(self) -> None:
-        """Create the files at their full size with their headers, and the index (one process)."""
+        """Create the files at their full size with their headers, and the index (one process).
+
+        Raises:
+            MinitronError: there is no room for them.
+        """
         for path, (header, size) in self._headers.items():
             with path.open("wb") as file:
                 file.write(header)
-                file.truncate(size)
+                try:
+                    file.truncate(size)
+                    _allocate(file.fileno(), size)
+                except OSError as error:
+                    raise _unwritable(path, error) from None
         if len(self._shards) > 1:
             total = sum(info.num_bytes for info in self.infos.values())
             elements = sum(math.prod(info.shape) for info in self.infos.values())
@@ -171,9 +181,7 @@ class WeightWriter:
             try:
                 written = os.pwrite(self._descriptors[path], data, offset)
             except OSError as error:
-                raise MinitronError(
-                    f"{path} cannot be written ({error.strerror}); make room or write elsewhere"
-                ) from None
+                raise _unwritable(path, error) from None
             data, offset = data[written:], offset + written
 
     def close(self) -> None:
@@ -182,6 +190,32 @@ class WeightWriter:
             os.fsync(descriptor)
             os.close(descriptor)
         self._descriptors = {}
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Set a file's blocks aside, where its file system can.
+
+    Writing into a hole takes twice as long, and a disk that is too small is found out at once.
+    `os.posix_fallocate` would do more: the C library lets it write to every block where the file
+    system cannot.
+
+    Raises:
+        OSError: the disk is too small.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate"):
+        return
+    offset, length = ctypes.c_int64(0), ctypes.c_int64(size)
+    if libc.fallocate(descriptor, 0, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(number, os.strerror(number))
+
+
+def _unwritable(path: Path, error: OSError) -> MinitronError:
+    return MinitronError(
+        f"{path} cannot be written ({error.strerror}); make room or write elsewhere"
+    )
 
 
 def _shards(directory: Path) -> dict[str, list[str] | None]:
