@@ -40,7 +40,7 @@ def activation_stats(x: Tensor, *, group: int = 1) -> ActivationStats:
     """
     if x.size(-1) % group:
         raise ValueError(f"group={group} does not divide {x.size(-1)} channels")
-    return ActivationStats(*_activation_stats(x.detach().contiguous(), group).unbind(0))
+    return ActivationStats(*_activation_stats(x.contiguous(), group).unbind(0))
 
 
 def _reference(x: Tensor, group: int) -> Tensor:
@@ -58,4 +58,5 @@ _activation_stats = define(
     "activation_stats(Tensor x, int group) -> Tensor",
     reference=_reference,
     fake=lambda x, group: x.new_empty(4, x.size(1), x.size(2) // group, dtype=torch.float64),
+    differentiable=True,
 )

@@ -31,7 +31,7 @@ def block_cosine(before: Tensor, after: Tensor) -> Tensor:
             f"{list(before.shape)} of {before.dtype} before the layer and {list(after.shape)} of "
             f"{after.dtype} after it cannot be compared"
         )
-    return _block_cosine(before.detach().contiguous(), after.detach().contiguous())
+    return _block_cosine(before.contiguous(), after.contiguous())
 
 
 def _reference(before: Tensor, after: Tensor) -> Tensor:
@@ -45,4 +45,5 @@ _block_cosine = define(
     fake=lambda before, _: before.new_empty(
         before.shape[:2], dtype=torch.promote_types(before.dtype, torch.float32)
     ),
+    differentiable=True,
 )

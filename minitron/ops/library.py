@@ -1,7 +1,8 @@
 """Registers the package's tensor ops with torch; the extension, where built, runs them.
 
-Each op's file states the op once: schema, PyTorch reference, shapes. The reference serves every
-device and dtype for which the extension `minitron._C` has no kernel.
+Each op's file states the op once: schema, PyTorch reference, shapes, gradient. The reference serves
+every device and dtype for which the extension `minitron._C` has no kernel. An op is given process
+groups by name, as torch's functional collectives are, so that torch.compile takes it as it is.
 """
 
 from __future__ import annotations
@@ -21,24 +22,28 @@ _noticed = False
 
 
 def define(
-    schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: bool = False,
 ) -> Callable[..., Any]:
-    """Register an op.
+    """Register an op that has, or may have, kernels.
 
     Args:
         schema: torch's, without the namespace.
         reference: what the op computes, in PyTorch.
         fake: what it returns, in shapes alone.
+        differentiable: whether it has a gradient: that of the reference, computed anew. Other ops
+            serve inside those of `compose`, below autograd.
 
     Returns:
         A function with the op's signature that takes the kernel where there is one for the dtype of
         its first argument, and the reference elsewhere.
     """
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"minitron::{name}", fake, lib=_library)
-    op = getattr(torch.ops.minitron, name)
+    op = _register(schema, reference, fake)
+    if differentiable:
+        _differentiate(op, reference)
 
     def call(first: torch.Tensor, *args: Any) -> Any:
         if first.dtype not in _KERNEL_DTYPES:
@@ -47,6 +52,52 @@ def define(
         return op(first, *args)
 
     return call
+
+
+def compose(
+    schema: str,
+    *,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register a differentiable op that is made of other ops, and possibly of collectives.
+
+    Args:
+        schema: torch's, without the namespace.
+        forward: the op.
+        fake: what it returns, in shapes alone.
+        setup_context: as in `torch.library.register_autograd`.
+        backward: as there.
+    """
+    op = _register(schema, forward, fake)
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_library)
+    return op
+
+
+def _register(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minitron::{name}", fake, lib=_library)
+    return getattr(torch.ops.minitron, name).default
+
+
+def _differentiate(op: torch._ops.OpOverload, reference: Callable[..., Any]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.options = tuple(i for i in inputs if not isinstance(i, torch.Tensor))  # tensors first
+        ctx.save_for_backward(*inputs[: len(inputs) - len(ctx.options)])
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            output = reference(*inputs, *ctx.options)
+        return *torch.autograd.grad(output, inputs, grad), *[None] * len(ctx.options)
+
+    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_library)
 
 
 def _notice() -> None:

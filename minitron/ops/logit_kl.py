@@ -31,8 +31,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron.ops import logit_kl_reference as reference
-from minitron.ops.library import define
-from minitron.ops.vocab_parallel import accumulation_dtype, gather_statistics, start_gathering
+from minitron.ops.library import compose, define
+from minitron.ops.vocab_parallel import (
+    accumulation_dtype,
+    first_column,
+    gather_statistics,
+    group_name,
+    named_group,
+    start_gathering,
+)
 
 Destination = Literal["new", "student", "teacher"]
 
@@ -154,19 +161,19 @@ def logit_losses(
         )
     if gradient == "teacher" and student.dtype != teacher.dtype:
         raise ValueError(f"a {student.dtype} gradient does not fit {teacher.dtype} teacher logits")
-    losses = _LogitLosses.apply(
-        student,
-        teacher.detach(),
-        labels,
-        None if loss_mask is None else loss_mask != 0,
+    losses, _ = _logit_losses(
+        student.flatten(0, -2),
+        teacher.detach().flatten(0, -2),
+        None if labels is None else labels.flatten(),
+        None if loss_mask is None else loss_mask.flatten() != 0,
         valid_columns,
         temperature,
         reverse,
         labels is not None or z_loss,
         gradient,
-        tp_group,
+        group_name(tp_group),
     )
-    forward_kl, reverse_kl, cross_entropy, z = losses
+    forward_kl, reverse_kl, cross_entropy, z = losses.view(4, *student.shape[:-1]).unbind(0)
     factor = temperature**temperature_power
     return LogitLosses(
         forward_kl * factor if factor != 1 else forward_kl,
@@ -254,13 +261,12 @@ def start_logit_losses(
     """
     destination = student if destination is None else destination
     options = (temperature, reverse, labels is not None)
-    rank, size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
-    if size == 1 and weights is not None:
+    if weights is not None and (tp_group is None or tp_group.size() == 1):
         fused = _fused(
             student, teacher, labels, mask, weights, valid_columns, *options, destination
         )
         return lambda: (_merge(fused.unsqueeze(0), mask, temperature)[0], destination)
-    columns = (valid_columns, rank * student.size(1))
+    columns = (valid_columns, first_column(student, tp_group))
     wait = start_gathering(
         _statistics(student, teacher, labels, mask, *columns, *options), tp_group
     )
@@ -275,50 +281,55 @@ def start_logit_losses(
     return finish
 
 
-class _LogitLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        valid_columns: int,
-        temperature: float,
-        reverse: bool,
-        unit_sum: bool,
-        destination: Destination,
-        tp_group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, ...]:
-        rank = tp_group.rank() if tp_group is not None else 0
-        ctx.options = (valid_columns, rank * student.size(-1), temperature, reverse, unit_sum)
-        ctx.destination = destination
-        ctx.set_materialize_grads(False)
-        if labels is not None:
-            labels = labels.flatten()
-        if mask is not None:
-            mask = mask.flatten()
-        rows = (student.flatten(0, -2), teacher.flatten(0, -2), labels, mask)
-        statistics = _statistics(*rows, *ctx.options)
-        losses, merged = _merge(gather_statistics(statistics, tp_group), mask, temperature)
-        ctx.save_for_backward(student, teacher, labels, mask, merged)
-        return losses.view(4, *student.shape[:-1]).unbind(0)
+def _forward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    valid_columns: int,
+    temperature: float,
+    reverse: bool,
+    unit_sum: bool,
+    destination: Destination,
+    group: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses [4, tokens] and merged statistics [tokens, 8]; `destination` is for the backward."""
+    tp_group = named_group(group)
+    columns = (valid_columns, first_column(student, tp_group))
+    rows = (student, teacher, labels, mask)
+    statistics = _statistics(*rows, *columns, temperature, reverse, unit_sum)
+    return _merge(gather_statistics(statistics, tp_group), mask, temperature)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, mask, merged = ctx.saved_tensors
-        student_rows, teacher_rows = student.flatten(0, -2), teacher.flatten(0, -2)
-        zero = merged.new_zeros(student_rows.size(0))
-        weights = torch.stack([zero if g is None else g.flatten().to(zero) for g in grad_outputs])
-        destination = {
-            "new": lambda: torch.empty_like(student_rows, memory_format=torch.contiguous_format),
-            "student": lambda: student_rows,
-            "teacher": lambda: teacher_rows,
-        }[ctx.destination]()
-        _gradient(
-            student_rows, teacher_rows, labels, mask, merged, weights, *ctx.options, destination
-        )
-        return destination.view(student.shape), *[None] * 9
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *rows, valid_columns, temperature, reverse, unit_sum, destination, group = inputs
+    columns = (valid_columns, first_column(rows[0], named_group(group)))
+    ctx.options = (*columns, temperature, reverse, unit_sum)
+    ctx.destination = destination
+    ctx.save_for_backward(*rows, output[1])
+
+
+def _backward(ctx: Any, weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *rows, merged = ctx.saved_tensors
+    student, teacher = rows[:2]
+    destination = {"student": student, "teacher": teacher}.get(ctx.destination)
+    if destination is None:
+        destination = torch.empty_like(student, memory_format=torch.contiguous_format)
+    _gradient(*rows, merged, weights.contiguous(), *ctx.options, destination)
+    return destination, *[None] * 9
+
+
+_logit_losses = compose(
+    f"logit_losses({_LOGITS}, int valid_columns, {_OPTIONS}, str destination, str? group)"
+    " -> (Tensor, Tensor)",
+    forward=_forward,
+    fake=lambda student, *_: (
+        student.new_empty(4, student.size(0), dtype=accumulation_dtype(student.dtype)),
+        _new_statistics(student),
+    ),
+    setup_context=_save,
+    backward=_backward,
+)
 
 
 def _new_statistics(student: Tensor) -> Tensor:

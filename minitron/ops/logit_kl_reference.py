@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron.ops.vocab_parallel import NO_COLUMNS, accumulation_dtype, token_chunks
+from minitron.ops.vocab_parallel import NO_COLUMNS, accumulation_dtype, label_columns, token_chunks
 
 
 def statistics(
@@ -42,7 +42,7 @@ def statistics(
             d[chunk] = torch.where(p > 0, p * (x - y), 0).sum(1)
         e[chunk] = (x * temperature).exp().sum(1) if unit_sum and temperature != 1 else a[chunk]
         if labels is not None:
-            column, here = _label_columns(labels[chunk], label_offset, valid_columns)
+            column, here = label_columns(labels[chunk], label_offset, valid_columns)
             l[chunk] = torch.where(here, s.gather(1, column[:, None])[:, 0], 0)
     if mask is not None:
         out[~mask] = out.new_tensor([NO_COLUMNS] * 2 + [0] * 6)
@@ -105,7 +105,7 @@ def gradient(
             slope = by_cross_entropy[chunk] + 2 * (m[chunk] + e[chunk].log()) * by_z[chunk]
             grad += slope * (x * temperature).exp() / e[chunk]
         if labels is not None and valid_columns:
-            column, here = _label_columns(labels[chunk], label_offset, valid_columns)
+            column, here = label_columns(labels[chunk], label_offset, valid_columns)
             grad.scatter_add_(1, column[:, None], -by_cross_entropy[chunk] * here[:, None])
         if mask is not None:
             grad[~mask[chunk]] = 0
@@ -130,10 +130,3 @@ def fused(
     merged = statistics(student, teacher, labels, mask, *options)
     gradient(student, teacher, labels, mask, merged, weights, *options, destination)
     return merged
-
-
-def _label_columns(labels: Tensor, offset: int, valid_columns: int) -> tuple[Tensor, Tensor]:
-    """Each label's column on this rank, 0 where it has none, and whether it has one."""
-    columns = labels - offset
-    here = (columns >= 0) & (columns < valid_columns)
-    return torch.where(here, columns, 0), here

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 # Elements of a chunk: large enough to keep the kernels busy, small enough that the handful of
 # fp32 temporaries stay far below the logits themselves.
@@ -31,9 +32,31 @@ def token_chunks(num_tokens: int, num_columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_tokens))
 
 
+def label_columns(labels: Tensor, offset: int, valid_columns: int) -> tuple[Tensor, Tensor]:
+    """Each label's column on this rank, 0 where it has none, and whether it has one."""
+    columns = labels - offset
+    here = (columns >= 0) & (columns < valid_columns)
+    return torch.where(here, columns, 0), here
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def group_name(group: dist.ProcessGroup | None) -> str | None:
+    """How an op's arguments name a group."""
+    return None if group is None else group.group_name
+
+
+def named_group(name: str | None) -> dist.ProcessGroup | None:
+    """The group that `group_name` named."""
+    return None if name is None else _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def first_column(logits: Tensor, group: dist.ProcessGroup | None) -> int:
+    """The token id of a shard's first column."""
+    return 0 if group is None else group.rank() * logits.size(-1)
 
 
 def gather_statistics(statistics: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -70,10 +70,25 @@ def test_nan_is_seen():
 @pytest.mark.parametrize("group", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_op_keeps_the_contract_of_torch(group, dtype):
-    x = torch.randn(9, 2, 12).to(dtype)
+    x = torch.randn(9, 2, 12).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.minitron.activation_stats, (x, group))
 
 
 def test_a_group_must_divide():
     with pytest.raises(ValueError, match="group=5 does not divide 12 channels"):
         activation_stats(torch.zeros(2, 2, 12), group=5)
+
+
+def test_compiles_as_one_graph():
+    x = torch.randn(6, 2, 12, requires_grad=True)
+
+    def total(x):
+        return torch.stack(activation_stats(x * 2)).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(run(x), x)[0] for run in (total, compiled)]
+    wide = x.detach().double().requires_grad_()
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(
+        gradients[0].double(), torch.autograd.grad(total(wide), wide)[0], rtol=1e-5, atol=1e-5
+    )

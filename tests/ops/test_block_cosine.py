@@ -31,10 +31,19 @@ def test_strided_activations():
 
 
 def test_op_keeps_the_contract_of_torch():
-    arguments = (torch.randn(4, 2, 33), torch.randn(4, 2, 33))
+    arguments = [torch.randn(4, 2, 33, requires_grad=True) for _ in range(2)]
     torch.library.opcheck(torch.ops.minitron.block_cosine, arguments)
 
 
 def test_activations_that_cannot_be_compared():
     with pytest.raises(ValueError, match=r"\[1, 2, 3\] of torch.float32 .* \[1, 2, 4\] of"):
         block_cosine(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+
+
+def test_gradient():
+    before, after = (torch.randn(6, 2, 12, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(6, 2)
+    found = torch.autograd.grad(block_cosine(before, after), (before, after), upstream)
+    wide = [x.detach().double().requires_grad_() for x in (before, after)]
+    expected = torch.autograd.grad(torch.cosine_similarity(*wide, dim=-1), wide, upstream.double())
+    torch.testing.assert_close([x.double() for x in found], list(expected), rtol=1e-5, atol=1e-6)
