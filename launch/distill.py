@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from minitron import artifact, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher
+from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
 from minitron.model.llama import build_llama, check_parallel
@@ -38,7 +37,7 @@ class Recipe:
     with the teacher frozen. Both must have the same tokenizer; depth and width may differ.
     """
 
-    teacher: ModelSource
+    teacher: TeacherConfig
     """The model to learn from."""
     student: ModelSource
     """The model to train, usually pruned from the teacher."""
@@ -80,10 +79,7 @@ def main(recipe: Recipe) -> None:
     teacher_arch, teacher_weights = open_model(teacher_path)
     student_arch, student_weights = open_model(student_path)
     tokenizer = _shared_tokenizer(recipe, teacher_arch, student_arch)
-    # Stages are named for the student; the teacher has other layers, spread evenly.
-    teacher_topology = dataclasses.replace(
-        topology, config=dataclasses.replace(recipe.parallel, layers_per_stage=None)
-    )
+    teacher_topology = recipe.teacher.topology(topology, teacher_arch.num_layers)
     check_parallel(teacher_arch, teacher_topology.config)
     check_parallel(student_arch, recipe.parallel)
     for arch in (teacher_arch, student_arch):
@@ -97,7 +93,9 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
-    teacher = Teacher(build_llama(teacher_arch, teacher_topology, teacher_weights, dtype=dtype))
+    teacher = Teacher(
+        build_llama(teacher_arch, teacher_topology, teacher_weights, dtype=dtype), recipe.teacher
+    )
     student = build_llama(
         student_arch, topology, student_weights, dtype=dtype, recompute=recipe.train.recompute
     )

@@ -52,12 +52,7 @@ class ParallelConfig:
         ):
             if getattr(self, name) < 1:
                 raise MinitronError(f"parallel.{name}={getattr(self, name)} must be at least 1")
-        stages = self.layers_per_stage
-        if stages is not None and len(stages) != self.pipeline_model_parallel_size:
-            raise MinitronError(
-                f"parallel.layers_per_stage={stages} names {len(stages)} stages, but "
-                f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size}"
-            )
+        _check_stages(self.layers_per_stage, self.pipeline_model_parallel_size, _LAYERS_PER_STAGE)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks left for data parallelism.
@@ -89,27 +84,50 @@ class ParallelConfig:
             )
 
     def split_layers(self, num_layers: int) -> list[int]:
-        """Layers of each pipeline stage.
+        """Layers of each pipeline stage; see the function of this name."""
+        return split_layers(num_layers, self.pipeline_model_parallel_size, self.layers_per_stage)
 
-        Raises:
-            MinitronError: the stages do not add up to the model, or one would be empty.
-        """
-        stages = self.pipeline_model_parallel_size
-        if self.layers_per_stage is not None:
-            total = sum(self.layers_per_stage)
-            if total == num_layers and min(self.layers_per_stage) > 0:
-                return list(self.layers_per_stage)
-            raise MinitronError(
-                f"parallel.layers_per_stage={self.layers_per_stage} adds up to {total} layers, "
-                f"the model has {num_layers}, and no stage may be empty"
-            )
-        if num_layers < stages:
-            raise MinitronError(
-                f"{num_layers} layers do not fill parallel.pipeline_model_parallel_size={stages} "
-                f"stages; use at most {num_layers}"
-            )
-        share, rest = divmod(num_layers, stages)
-        return [share + (stage < rest) for stage in range(stages)]
+
+_LAYERS_PER_STAGE = "parallel.layers_per_stage"
+
+
+def split_layers(
+    num_layers: int, stages: int, given: list[int] | None, *, key: str = _LAYERS_PER_STAGE
+) -> list[int]:
+    """Layers of each pipeline stage.
+
+    Args:
+        num_layers: of the whole model.
+        stages: how many.
+        given: what the recipe says; None spreads the layers evenly.
+        key: where the recipe says it.
+
+    Raises:
+        MinitronError: the stages do not add up to the model, or one would be empty.
+    """
+    if given is not None:
+        _check_stages(given, stages, key)
+        if sum(given) == num_layers and min(given) > 0:
+            return list(given)
+        raise MinitronError(
+            f"{key}={given} adds up to {sum(given)} layers, the model has {num_layers}, and no "
+            "stage may be empty"
+        )
+    if num_layers < stages:
+        raise MinitronError(
+            f"{num_layers} layers do not fill parallel.pipeline_model_parallel_size={stages} "
+            f"stages; use at most {num_layers}"
+        )
+    share, rest = divmod(num_layers, stages)
+    return [share + (stage < rest) for stage in range(stages)]
+
+
+def _check_stages(given: list[int] | None, stages: int, key: str) -> None:
+    if given is not None and len(given) != stages:
+        raise MinitronError(
+            f"{key}={given} names {len(given)} stages, but "
+            f"parallel.pipeline_model_parallel_size={stages}"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from minitron.data.batches import (
     open_windows,
 )
 from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher
+from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.model.llama import LlamaModel, build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
@@ -106,7 +106,7 @@ class Run:
     tokens: Path
     out: Path
     train: TrainConfig
-    teacher: Path | None = None
+    teacher: TeacherConfig | None = None
     valid: Path | None = None
     precision: Precision = "fp32"
     seq_length: int = SEQ_LENGTH
@@ -136,13 +136,20 @@ def build_model(path: Path, topology: Topology, precision: Precision = "fp32") -
 
 
 def build_objective(run: Run, topology: Topology) -> Objective:
-    """The loss of a run; the teacher's layers are spread evenly."""
+    """The loss of a run."""
     if run.teacher is None:
         return LanguageModeling()
-    even = dataclasses.replace(topology.config, layers_per_stage=None)
-    topology = dataclasses.replace(topology, config=even)
-    teacher = Teacher(build_model(run.teacher, topology, run.precision))
-    return LogitDistillation(teacher, DistillConfig())
+    return LogitDistillation(build_teacher(run.teacher, topology, run.precision), DistillConfig())
+
+
+def build_teacher(
+    config: TeacherConfig, topology: Topology, precision: Precision = "fp32"
+) -> Teacher:
+    """This rank's part of a teacher, with its own layers on every stage."""
+    arch, weights = open_model(config.path)
+    topology = config.topology(topology, arch.num_layers)
+    model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
+    return Teacher(model, config)
 
 
 def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:

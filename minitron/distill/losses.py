@@ -43,8 +43,12 @@ class LogitDistillation:
         self._teacher = teacher
         self._config = config
 
+    def window(self, microbatches: Sequence[Batch]) -> int:
+        """Micro-batches whose teacher states exist at a time."""
+        return self._teacher.window(microbatches)
+
     def prepare(self, microbatches: Sequence[Batch]) -> None:
-        """Run the teacher on the step's micro-batches."""
+        """Run the teacher on a window's micro-batches."""
         self._teacher.run(microbatches)
 
     def training(

@@ -2,19 +2,61 @@
 
 The teacher leaves its final hidden states on the last stage, where the student's loss will want
 them. They are some thirty times smaller than logits, nothing is concatenated with the student's
-activations, and the student then runs an unmodified schedule. Teacher and student may differ in
-depth and width; they share the ranks.
+activations, and the student then runs an unmodified schedule. Teacher and student share the ranks;
+they may differ in depth and width, and their layers may be spread differently.
+
+A step of many micro-batches goes in windows: the teacher takes a window's micro-batches, then the
+student does, and gradients add up until the last window. That bounds the states to
+`window · s · b · h` floats a rank of the last stage.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from minitron.data.batches import Batch
+from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel, freeze
 from minitron.model.schedule import run_schedule
+from minitron.parallel import Topology, split_layers
+
+STATES_BYTES = 1 << 30
+"""What the states of a window may take on a rank if the recipe does not say how long it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The model to learn from, and how it shares the ranks with the student."""
+
+    path: Path
+    """Its Hugging Face directory."""
+    window: int | None = None
+    """Micro-batches whose teacher states exist at a time, `window · s · b · h_teacher` floats on
+    each rank of the last stage; null takes as many as fit in 1 GiB, and at least four for each
+    pipeline stage. The result is the same for all."""
+    layers_per_stage: list[int] | None = None
+    """Teacher layers of each pipeline stage; null spreads them evenly."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise MinitronError(f"teacher.window={self.window} must be at least 1")
+
+    def topology(self, student: Topology, num_layers: int) -> Topology:
+        """The student's topology with this teacher's layers on its stages.
+
+        Raises:
+            MinitronError: the stages do not add up to the teacher.
+        """
+        stages = split_layers(
+            num_layers, student.pp_size, self.layers_per_stage, key="teacher.layers_per_stage"
+        )
+        config = dataclasses.replace(student.config, layers_per_stage=stages)
+        return dataclasses.replace(student, config=config)
 
 
 class Teacher:
@@ -22,14 +64,27 @@ class Teacher:
 
     Args:
         model: this rank's part of the teacher; it is frozen.
+        config: the `teacher` section of the recipe.
     """
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: LlamaModel, config: TeacherConfig) -> None:
         self.model = freeze(model)
+        self._config = config
         self._hidden: dict[int, Tensor] = {}
 
+    def window(self, microbatches: Sequence[Batch]) -> int:
+        """Micro-batches of a step to `run` at a time."""
+        if self._config.window is not None:
+            return self._config.window
+        model = self.model.config
+        size = microbatches[0].tokens.numel() * model.hidden_size * model.params_dtype.itemsize
+        if model.sequence_parallel:
+            size //= model.tensor_model_parallel_size
+        # A drained pipeline idles for p - 1 micro-batches: shorter windows would be half idle.
+        return max(STATES_BYTES // size, 4 * model.pipeline_model_parallel_size)
+
     def run(self, microbatches: Sequence[Batch]) -> None:
-        """Forward all micro-batches; on the last stage their hidden states are kept."""
+        """Forward a window's micro-batches; on the last stage their hidden states are kept."""
         self._hidden.clear()
 
         def keep(hidden: Tensor, batch: Batch, index: int) -> None:

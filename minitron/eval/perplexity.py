@@ -22,6 +22,7 @@ def evaluate(
     losses: Losses,
     names: Sequence[str],
     *,
+    window: Callable[[Sequence[Batch]], int | None] = lambda _: None,
     prepare: Callable[[Sequence[Batch]], None] | None = None,
     total: int | None = None,
 ) -> dict[str, float]:
@@ -32,7 +33,8 @@ def evaluate(
         batches: this data-parallel rank's; as many on every rank.
         losses: final hidden states → named per-token losses [s, b], on the last stage.
         names: of those losses.
-        prepare: called with each group of batches before it goes through the model.
+        window: most micro-batches to prepare at a time; None for all at hand.
+        prepare: called with each window of batches before it goes through the model.
         total: batches in all, for the progress bar; None shows no bar.
 
     Returns:
@@ -52,9 +54,9 @@ def evaluate(
         total=total, desc="eval", unit="batches", enabled=total is not None and is_rank_zero()
     ) as bar:
         while group := list(itertools.islice(iterator, group_size)):
-            if prepare is not None:
-                prepare(group)
-            run_schedule(model, group, on_output, forward_only=True)
+            run_schedule(
+                model, group, on_output, forward_only=True, window=window(group), prepare=prepare
+            )
             bar.update(len(group))
     model.train(training)
     return means.reduce()

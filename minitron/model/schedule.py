@@ -6,12 +6,15 @@ micro-batches through the stages and do something with the final hidden states o
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from minitron import platform
@@ -19,7 +22,8 @@ from minitron.data.batches import Batch
 from minitron.parallel import Topology
 
 OnOutput = Callable[[Tensor, Batch, int], "tuple[Tensor, Tensor] | None"]
-"""Called on the last stage with the hidden states [s, b, h], the micro-batch and its number.
+"""Called on the last stage with the hidden states [s, b, h], the micro-batch and its number in the
+window.
 
 A training step returns the summed loss and the number of tokens in it; a forward pass, None.
 """
@@ -31,21 +35,80 @@ def run_schedule(
     on_output: OnOutput,
     *,
     forward_only: bool,
+    window: int | None = None,
+    prepare: Callable[[Sequence[Batch]], None] | None = None,
 ) -> None:
     """Send micro-batches through the pipeline, forward and (unless `forward_only`) backward.
 
     The loss that reaches the parameters is the sum over the micro-batches of all data-parallel
-    ranks divided by their number of tokens, whatever the topology.
+    ranks divided by their number of tokens, whatever the topology and the window.
 
     Args:
         model: this rank's stage, wrapped for data parallelism or not.
         microbatches: the same on every rank of a pipeline.
         on_output: what to do with the output of the last stage.
         forward_only: no gradients.
+        window: most micro-batches between two calls of `prepare`; the pipeline drains after each
+            window. None sends all at once.
+        prepare: called on every rank with the micro-batches of each window before they go.
     """
     if not microbatches:
         return
+    windows = split_windows(microbatches, window or len(microbatches))
+    num_tokens = torch.zeros((), dtype=torch.int, device=platform.device())
+    for number, group in enumerate(windows, 1):
+        if prepare is not None:
+            prepare(group)
+        if forward_only or len(windows) == 1:
+            _run_window(model, group, on_output, forward_only=forward_only)
+        else:
+            with _accumulating(model, num_tokens, last=number == len(windows)):
+                _run_window(model, group, on_output, forward_only=False)
 
+
+def split_windows(microbatches: Sequence[Batch], window: int) -> list[Sequence[Batch]]:
+    """Cut a step into as few windows as possible, about equally long: each drains the pipeline."""
+    count = -(-len(microbatches) // window)
+    ends = [len(microbatches) * number // count for number in range(count + 1)]
+    return [microbatches[start:end] for start, end in itertools.pairwise(ends)]
+
+
+@contextlib.contextmanager
+def _accumulating(model: torch.nn.Module, num_tokens: Tensor, *, last: bool) -> Iterator[None]:
+    """Let a window add to the gradients of a step, which the last one reduces and scales.
+
+    megatron-core's schedules do both at the end of every call, by the tokens of that call.
+
+    Args:
+        model: wrapped for data parallelism.
+        num_tokens: of the windows before on the last stage; this one's are added.
+        last: reduce and scale.
+    """
+    config = get_model_config(model)
+    no_sync, finalize = config.no_sync_func, config.finalize_model_grads_func
+
+    def count(chunks: Any, tokens: Tensor, **options: Any) -> None:
+        num_tokens.add_(tokens)
+        if last:
+            finalize(chunks, num_tokens, **options)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, config, "finalize_model_grads_func", finalize)
+        stack.callback(setattr, config, "no_sync_func", no_sync)
+        config.finalize_model_grads_func = count
+        if not last:
+            stack.enter_context(no_sync())
+            config.no_sync_func = None  # the schedule would leave it for its last micro-batch
+        yield
+
+
+def _run_window(
+    model: torch.nn.Module,
+    microbatches: Sequence[Batch],
+    on_output: OnOutput,
+    *,
+    forward_only: bool,
+) -> None:
     def step(numbered: Iterator[tuple[int, Batch]], stage: torch.nn.Module) -> Any:
         index, batch = next(numbered)
         batch = batch.to(platform.device())

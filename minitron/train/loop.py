@@ -153,7 +153,6 @@ class Trainer:
         platform.synchronize()
         start = time.perf_counter()
         microbatches = list(self.batches.microbatches(self._next_sample()))
-        self.objective.prepare(microbatches)
         means = TokenMeans(self.objective.training_losses, self.model.topology)
         minimised = self.objective.training_losses[0]
 
@@ -165,7 +164,14 @@ class Trainer:
 
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        run_schedule(self.wrapped, microbatches, on_output, forward_only=False)
+        run_schedule(
+            self.wrapped,
+            microbatches,
+            on_output,
+            forward_only=False,
+            window=self.objective.window(microbatches),
+            prepare=self.objective.prepare,
+        )
         self.position = Position(self.step + 1, self.position.tokens + self.tokens_per_step)
         lr = learning_rate(self.step, self.config)
         set_learning_rate(self.optimizer, lr)
@@ -204,6 +210,7 @@ class Trainer:
             self.validation,
             self.objective.validation,
             self.objective.validation_losses,
+            window=self.objective.window,
             prepare=self.objective.prepare,
         )
         losses.pop("tokens")

@@ -20,14 +20,18 @@ class Objective(Protocol):
     validation_losses: tuple[str, ...]
     """Names that `validation` returns."""
 
+    def window(self, microbatches: Sequence[Batch]) -> int | None:
+        """Most micro-batches of a step to `prepare` at a time; None for all."""
+        ...
+
     def prepare(self, microbatches: Sequence[Batch]) -> None:
-        """Called on every rank before the micro-batches of a step go through the model."""
+        """Called on every rank before a window of micro-batches goes through the model."""
         ...
 
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """Losses [s, b] of micro-batch `index`, from its final hidden states."""
+        """Losses [s, b] of micro-batch `index` of the window, from its final hidden states."""
         ...
 
     def validation(
@@ -42,6 +46,10 @@ class LanguageModeling:
 
     training_losses = ("loss",)
     validation_losses = ("val_loss",)
+
+    def window(self, microbatches: Sequence[Batch]) -> int | None:
+        """A step is one window."""
+        return None
 
     def prepare(self, microbatches: Sequence[Batch]) -> None:
         """Nothing to prepare."""

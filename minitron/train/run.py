@@ -40,6 +40,8 @@ _FREE_KEYS = (
     "resume",
     "overwrite",
     "parallel",
+    "teacher.window",
+    "teacher.layers_per_stage",
     "data.workers",
     "train.micro_batch_size",
     "train.recompute",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher
+from minitron.distill.teacher import TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model.sharding import save_model
@@ -20,6 +20,7 @@ from tests.runs import (
     VOCAB,
     Run,
     build_model,
+    build_teacher,
     load_tensors,
     open_batches,
     run_on,
@@ -56,7 +57,7 @@ def run(models, tmp_path):
     root, _, _ = models
     return Run(
         model=root / "student",
-        teacher=root / "teacher",
+        teacher=TeacherConfig(path=root / "teacher"),
         tokens=root / "tokens",
         out=tmp_path,
         train=CONFIG,
@@ -66,18 +67,18 @@ def run(models, tmp_path):
 def _distill(parallel, run, temperature):
     """Distill, then write the student's gradients and the teacher's weights; state of both."""
     topology = initialize(parallel)
-    student, teacher = build_model(run.model, topology), build_model(run.teacher, topology)
-    objective = LogitDistillation(Teacher(teacher), DistillConfig(temperature=temperature))
+    student, teacher = build_model(run.model, topology), build_teacher(run.teacher, topology)
+    objective = LogitDistillation(teacher, DistillConfig(temperature=temperature))
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     trainer = Trainer(student, objective, batches, None, run.train, run.out)
     trainer.run()
     save_gradients(student, run.out / "gradients")
     (run.out / "teacher").mkdir(exist_ok=True)
-    save_model(teacher, run.out / "teacher", dtype=torch.float32)
+    save_model(teacher.model, run.out / "teacher", dtype=torch.float32)
     return {
-        "trainable": any(p.requires_grad for p in teacher.parameters()),
-        "gradients": any(p.grad is not None for p in teacher.parameters()),
-        "training": [teacher.training, student.training],
+        "trainable": any(p.requires_grad for p in teacher.model.parameters()),
+        "gradients": any(p.grad is not None for p in teacher.model.parameters()),
+        "training": [teacher.model.training, student.training],
     }
 
 
@@ -118,7 +119,7 @@ def test_the_teacher_stays_as_it_is(models, run):
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(models, run):
-    run_on("tp2+sp", _distill, replace(run, model=run.teacher), 1.0)
+    run_on("tp2+sp", _distill, replace(run, model=run.teacher.path), 1.0)
     (record,) = read_metrics(run.out / "metrics.jsonl")
     assert abs(record["loss"]) < 1e-6
     assert record["grad_norm"] < 1e-5

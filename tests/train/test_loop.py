@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minitron.data.batches import EvalBatches, open_windows
+from minitron.distill.teacher import TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.train.config import TrainConfig
@@ -117,7 +118,8 @@ def _validation_means(root, *losses):
 @pytest.mark.parametrize(("topology", "distill"), [("tp1", False), ("dp2", True), ("pp2", True)])
 def test_metrics_of_a_run(models, tmp_path, topology, distill):
     root, student, teacher = models
-    run = _run(root, tmp_path, teacher=root / "teacher" if distill else None)
+    source = TeacherConfig(path=root / "teacher") if distill else None
+    run = _run(root, tmp_path, teacher=source)
     results = run_on(topology, runs.train, run)
     records = read_metrics(tmp_path / "metrics.jsonl")
 
@@ -157,8 +159,9 @@ def test_metrics_of_a_run(models, tmp_path, topology, distill):
 def test_validation_has_no_influence(models, tmp_path):
     root, _, _ = models
     found = []
+    source = TeacherConfig(path=root / "teacher")
     for valid in (root / "valid", None):
-        run = _run(root, tmp_path / f"{valid is None}", valid=valid, teacher=root / "teacher")
+        run = _run(root, tmp_path / f"{valid is None}", valid=valid, teacher=source)
         run_on("tp1", runs.train, run)
         records = [r for r in read_metrics(run.out / "metrics.jsonl") if "loss" in r]
         found.append([(r["loss"], r["grad_norm"]) for r in records])

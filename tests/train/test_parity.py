@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitron.distill import losses
+from minitron.distill.teacher import TeacherConfig
 from minitron.metrics import read_metrics
 from minitron.model.weights import SINGLE_FILE
 from minitron.ops.linear_kl import linear_kl
@@ -60,7 +61,7 @@ def _expect(directory, *, tied, distill):
         )
     run = Run(
         model=directory / "student",
-        teacher=directory / "teacher" if distill else None,
+        teacher=TeacherConfig(path=directory / "teacher") if distill else None,
         tokens=write_tokens(directory / "tokens", 23 * SEQ_LENGTH + 1),
         out=directory / "out",
         train=CONFIG,

@@ -1,0 +1,172 @@
+"""How the teacher shares the ranks with the student: nothing of it may change the result."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from minitron.data.batches import Batch
+from minitron.distill import teacher as teacher_module
+from minitron.distill.teacher import TeacherConfig
+from minitron.errors import MinitronError
+from minitron.metrics import read_metrics
+from minitron.model.schedule import split_windows
+from minitron.parallel import initialize
+from minitron.train.config import TrainConfig
+from tests import runs
+from tests.runs import SEQ_LENGTH, VOCAB, Run, build_teacher, load_tensors, run_on, write_tokens
+from tests.tiny import save_llama
+
+# Seven micro-batches on a rank: windows of two leave a shorter one.
+CONFIG = TrainConfig(
+    steps=2, lr=1e-3, global_batch_size=7, micro_batch_size=1, checkpoint_interval=0
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    save_llama(root / "student", vocab_size=VOCAB, num_hidden_layers=3)
+    save_llama(
+        root / "teacher",
+        seed=1,
+        vocab_size=VOCAB,
+        hidden_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=5,
+        tie_word_embeddings=True,
+    )
+    return Run(
+        model=root / "student",
+        teacher=TeacherConfig(path=root / "teacher"),
+        tokens=write_tokens(root / "tokens", 40 * SEQ_LENGTH + 1),
+        valid=write_tokens(root / "valid", 5 * SEQ_LENGTH + 1, seed=1),
+        out=root / "out",
+        train=CONFIG,
+    )
+
+
+def outcome(out):
+    """What a run said and made, without its speed."""
+    records = [
+        {
+            k: v
+            for k, v in record.items()
+            if k not in ("tokens_per_second", "peak_memory_gb", "time")
+        }
+        for record in read_metrics(out / "metrics.jsonl")
+    ]
+    return records, load_tensors(out / "model")
+
+
+def assert_same(found, expected):
+    assert found[0] == expected[0]
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in found[1].items())
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """One rank, all states of a step at once."""
+    run_on("tp1", runs.train, run)
+    return outcome(run.out)
+
+
+def _train_counting_states(parallel, run):
+    """Train; the most states of the teacher that this rank ever held."""
+    most = 0
+    hidden = teacher_module.Teacher.take
+
+    def take(self, index):
+        nonlocal most
+        most = max(most, len(self._hidden))
+        return hidden(self, index)
+
+    teacher_module.Teacher.take = take
+    try:
+        runs.train(parallel, run)
+    finally:
+        teacher_module.Teacher.take = hidden
+    return most
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 6])
+def test_a_window_changes_no_bit(run, expected, tmp_path, window):
+    run = replace(run, out=tmp_path, teacher=replace(run.teacher, window=window))
+    (most,) = run_on("tp1", _train_counting_states, run)
+    assert most == min(window, 4)  # seven are cut in 4 + 3 rather than 6 + 1
+    assert_same(outcome(tmp_path), expected)
+
+
+@pytest.mark.parametrize("topology", ["dp2", "tp2+sp pp2", "pp2 dp2"])
+def test_a_window_changes_nothing_on_several_ranks(run, tmp_path, topology):
+    """Gradients are reduced once, and scaled by the tokens of all windows."""
+    run = replace(run, train=replace(CONFIG, global_batch_size=6))
+    found = []
+    for window in (None, 2):
+        out = tmp_path / str(window)
+        windowed = replace(run.teacher, window=window)
+        run_on(topology, runs.train, replace(run, out=out, teacher=windowed))
+        found.append(outcome(out))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    ("count", "window", "sizes"),
+    [(7, 7, [7]), (7, 9, [7]), (7, 6, [3, 4]), (7, 3, [2, 2, 3]), (4, 1, [1, 1, 1, 1])],
+)
+def test_windows_are_few_and_about_equally_long(count, window, sizes):
+    windows = split_windows(range(count), window)
+    assert [len(part) for part in windows] == sizes
+    assert [index for part in windows for index in part] == list(range(count))
+
+
+def _window(parallel, config, seq_length):
+    topology = initialize(parallel)
+    tokens = torch.zeros(1).expand(2, seq_length)  # without the memory
+    batch = Batch(*(tokens for _ in fields(Batch)))
+    return build_teacher(config, topology).window([batch])
+
+
+@pytest.mark.parametrize(
+    ("topology", "shared", "stages"),
+    [("tp1", 1, 1), ("tp2+sp", 2, 1), ("tp2", 1, 1), ("pp2", 1, 2)],
+)
+def test_by_default_a_window_fills_a_gibibyte(run, topology, shared, stages):
+    state = 2 * 2**20 * 48 * 4  # [s, b, h] in fp32, of 2^20 tokens a sample
+    assert set(run_on(topology, _window, run.teacher, 2**20)) == {
+        max(2**30 * shared // state, 4 * stages)
+    }
+    assert set(run_on(topology, _window, run.teacher, 2**30)) == {4 * stages}
+
+
+def _error(parallel, config):
+    try:
+        build_teacher(config, initialize(parallel))
+    except MinitronError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            [2, 2],
+            "teacher.layers_per_stage=[2, 2] adds up to 4 layers, the model has 5, and no stage "
+            "may be empty",
+        ),
+        (
+            [5],
+            "teacher.layers_per_stage=[5] names 1 stages, but "
+            "parallel.pipeline_model_parallel_size=2",
+        ),
+    ],
+)
+def test_teacher_layers_that_do_not_fill_the_stages_are_refused(run, stages, message):
+    config = replace(run.teacher, layers_per_stage=stages)
+    assert run_on("pp2", _error, config) == [message, message]
+
+
+def test_a_window_without_a_micro_batch_is_refused():
+    with pytest.raises(MinitronError, match=r"teacher\.window=0 must be at least 1"):
+        TeacherConfig(path="teacher", window=0)
