@@ -225,12 +225,12 @@ class TrainBatches:
             )
         self.num_microbatches = global_batch_size // share
         self.seq_length = source.seq_length
-        self._source = source
+        self.source = source
         self.global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._stride = share
         self._offset = data_parallel_rank * micro_batch_size
-        self._seed = seed
+        self.seed = seed
 
     def microbatches(self, first: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch that begins with sample `first`."""
@@ -238,8 +238,8 @@ class TrainBatches:
             start = first + number * self._stride + self._offset
             indices = range(start, start + self._micro_batch_size)
             yield collate(
-                [self._source.read(index, seed=self._seed) for index in indices],
-                [self._source.sample_id(index, seed=self._seed) for index in indices],
+                [self.source.read(index, seed=self.seed) for index in indices],
+                [self.source.sample_id(index, seed=self.seed) for index in indices],
                 size=self._micro_batch_size,
                 seq_length=self.seq_length,
             )
@@ -304,6 +304,12 @@ class EvalBatches:
                 size=self._micro_batch_size,
                 seq_length=self._windows[0].seq_length,
             )
+
+    def sample_ids(self) -> Iterator[tuple[int, int]]:
+        """Names of all ranks' samples."""
+        for index in range(self.num_samples):
+            window, position = self._locate(index)
+            yield window.sample_id(position)
 
     def _locate(self, index: int) -> tuple[TokenWindows, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))

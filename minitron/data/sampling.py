@@ -91,7 +91,7 @@ class Blend:
             raise ValueError(f"{len(weights)} weights for {len(datasets)} datasets")
         for dataset in datasets:
             dataset.check_not_empty()
-        self._datasets = list(datasets)
+        self.datasets = list(datasets)
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
         self._shares: list[int] | None = None
         if weights is not None:
@@ -106,29 +106,29 @@ class Blend:
     @property
     def seq_length(self) -> int:
         """Inputs of a sample."""
-        return self._datasets[0].seq_length
+        return self.datasets[0].seq_length
 
     def locate(self, index: int, *, seed: int) -> tuple[int, int]:
         """The dataset and the sample within it that stand at `index` of the sequence."""
         if self._shares is None:
             sample = _shuffled(index, self.epoch_samples, f"{seed}")
             dataset = int(np.searchsorted(self._ends, sample, side="right"))
-            return dataset, sample - int(self._ends[dataset]) + len(self._datasets[dataset])
+            return dataset, sample - int(self._ends[dataset]) + len(self.datasets[dataset])
         period, position = divmod(index, len(self._choices))
         dataset = int(self._choices[position])
         drawn_before = period * self._shares[dataset] + int(self._ordinals[position])
-        size = len(self._datasets[dataset])
+        size = len(self.datasets[dataset])
         return dataset, _shuffled(drawn_before, size, f"{seed}/{dataset}")
 
     def sample_id(self, index: int, *, seed: int) -> tuple[int, int]:
         """What names the sample at `index`: its stream's fingerprint and its number there."""
         dataset, sample = self.locate(index, seed=seed)
-        return self._datasets[dataset].sample_id(sample)
+        return self.datasets[dataset].sample_id(sample)
 
     def read(self, index: int, *, seed: int) -> NDArray[np.int64]:
         """The [S + 1] tokens of the sample at `index` of the sequence that `seed` shuffles."""
         dataset, sample = self.locate(index, seed=seed)
-        return self._datasets[dataset][sample]
+        return self.datasets[dataset][sample]
 
 
 def _shuffled(index: int, size: int, key: str) -> int:

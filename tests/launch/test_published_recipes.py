@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = {
     "llama3.1_8b_teacher_correction": "train",
     "llama3.1_8b_importance": "importance",
+    "llama3.1_8b_cache_logits": "cache_logits",
     "llama3.1_4b_width_prune": "prune",
     "llama3.1_4b_depth_prune": "prune",
     "llama3.1_4b_width_distill": "distill",
@@ -79,6 +80,14 @@ def test_training(name, lr, min_lr, warmup_steps):
         assert train.global_batch_size % (ranks * train.micro_batch_size) == 0
 
 
+@pytest.mark.parametrize("student", ["width", "depth"])
+def test_stored_logits_are_those_that_a_student_needs(student):
+    recipe, run = parse("llama3.1_8b_cache_logits"), parse(f"llama3.1_4b_{student}_distill")
+    assert recipe.cache.max_samples == run.train.steps * run.train.global_batch_size
+    assert recipe.cache.temperature == run.distill.temperature
+    assert (recipe.data, recipe.seed) == (run.data, run.seed)
+
+
 @pytest.mark.parametrize(
     ("earlier", "later", "role"),
     [
@@ -86,6 +95,7 @@ def test_training(name, lr, min_lr, warmup_steps):
         ("llama3.1_8b_importance", "llama3.1_4b_width_prune", "scores"),
         ("llama3.1_8b_teacher_correction", "llama3.1_4b_depth_prune", "model"),
         ("llama3.1_8b_teacher_correction", "llama3.1_4b_width_distill", "teacher"),
+        ("llama3.1_8b_teacher_correction", "llama3.1_8b_cache_logits", "teacher"),
         ("llama3.1_4b_width_prune", "llama3.1_4b_width_distill", "student"),
         ("llama3.1_4b_depth_prune", "llama3.1_4b_depth_distill", "student"),
     ],

@@ -1,0 +1,124 @@
+"""Write what a teacher says of every token of the data, for distillation without the teacher."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minitron import artifact, config, platform
+from minitron.data.batches import DataConfig, prepare_data
+from minitron.data.tokenizer import find_tokenizer
+from minitron.distill.offline.cache import (
+    CacheConfig,
+    check_continues,
+    choose_samples,
+    close_store,
+    describe,
+    open_store,
+    write_missing_shards,
+)
+from minitron.model.llama import build_llama, freeze
+from minitron.model.sharding import open_model
+from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from minitron.platform import Precision
+from minitron.stage import run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model on disk."""
+
+    path: Path
+    """Its Hugging Face directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Run a teacher over training and validation data once and store its distribution at every
+    token, compressed. Any number of students can then be distilled from the store, in any order,
+    batch size and topology, with `launch/distill.py --teacher.logits`.
+    """
+
+    teacher: ModelSource
+    """The model whose outputs to store."""
+    data: DataConfig
+    """The data of the distillation runs."""
+    cache: CacheConfig
+    """What to store of each token."""
+    out: Path
+    """Directory of the store."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share the work; the store is the same for all."""
+    precision: Precision = "fp32"
+    """Of weights and activations."""
+    seed: int = 1234
+    """Of the draws; with `cache.max_samples`, that of the runs whose first samples are stored."""
+    overwrite: bool = False
+    """Replace `out` if minitron wrote it."""
+    resume: bool = False
+    """Write what is missing in `out`; starts anew if there is nothing."""
+
+
+def main(recipe: Recipe) -> None:
+    """Build the teacher, run it over the samples that are missing, write the manifest."""
+    topology = initialize(recipe.parallel, seed=recipe.seed)
+    teacher, out = recipe.teacher.path, recipe.out
+    on_rank_zero(
+        lambda: artifact.check_out(
+            out, overwrite=recipe.overwrite, resume=recipe.resume, inputs=[teacher]
+        )
+    )
+    arch, weights = open_model(teacher)
+    recipe.cache.check_vocabulary(arch.vocab_size)
+    recipe.parallel.check_seq_length(recipe.data.seq_length)
+    arch.check_seq_length(recipe.data.seq_length)
+    tokenizer = find_tokenizer(teacher)
+    data = on_rank_zero(lambda: prepare_data(recipe.data, tokenizer, vocab_size=arch.vocab_size))
+    samples = choose_samples(data, max_samples=recipe.cache.max_samples, seed=recipe.seed)
+    info = on_rank_zero(
+        lambda: describe(
+            samples,
+            recipe.cache,
+            teacher=teacher,
+            tokenizer=tokenizer.fingerprint if tokenizer else None,
+            vocab_size=arch.vocab_size,
+            precision=recipe.precision,
+            seed=recipe.seed,
+        )
+    )
+    dtype = platform.DTYPES[recipe.precision]
+    model = freeze(build_llama(arch, topology, weights, dtype=dtype))
+
+    def begin() -> None:
+        if out.exists() and recipe.overwrite and not recipe.resume:
+            shutil.rmtree(out.resolve())
+        if recipe.resume:
+            check_continues(out, info)
+        artifact.create_directory(out.resolve())
+        config.save(recipe, out / artifact.RECIPE)
+        open_store(out, info, samples)
+
+    def finish() -> None:
+        metrics = close_store(out, info)
+        artifact.write_manifest(
+            out,
+            stage="cache_logits",
+            recipe=config.to_dict(recipe),
+            parents={"teacher": teacher},
+            metrics=metrics,
+        )
+        print(
+            f"{out}: {metrics['samples']:,} samples, {metrics['tokens']:,} tokens, "
+            f"{metrics['bytes']:,} bytes, {metrics['bytes_per_token']:.1f} a token",
+            flush=True,
+        )
+
+    on_rank_zero(begin)
+    size = recipe.cache.micro_batch_size
+    write_missing_shards(model, samples, info, out, micro_batch_size=size)
+    on_rank_zero(finish)
+
+
+if __name__ == "__main__":
+    run(Recipe, main)

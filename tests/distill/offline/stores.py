@@ -1,0 +1,48 @@
+"""Writing a store on the ranks of the pool."""
+
+from pathlib import Path
+
+from minitron import artifact
+from minitron.data.batches import DataConfig
+from minitron.distill.offline.cache import (
+    CacheConfig,
+    check_continues,
+    choose_samples,
+    close_store,
+    describe,
+    open_store,
+    write_missing_shards,
+)
+from minitron.model.llama import freeze
+from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from tests.runs import VOCAB, build_model
+
+
+def write_store(
+    parallel: ParallelConfig,
+    teacher: Path,
+    data: DataConfig,
+    cache: CacheConfig,
+    out: Path,
+    seed: int,
+    resume: bool = False,
+) -> None:
+    """Do on this rank what launch/cache_logits.py does."""
+    topology = initialize(parallel)
+    samples = choose_samples(data, max_samples=cache.max_samples, seed=seed)
+    info = describe(
+        samples,
+        cache,
+        teacher=teacher,
+        tokenizer=None,
+        vocab_size=VOCAB,
+        precision="fp32",
+        seed=seed,
+    )
+    if resume:
+        on_rank_zero(lambda: check_continues(out, info))
+    on_rank_zero(lambda: open_store(out, info, samples))
+    model = freeze(build_model(teacher, topology))
+    write_missing_shards(model, samples, info, out, micro_batch_size=cache.micro_batch_size)
+    on_rank_zero(lambda: close_store(out, info))
+    on_rank_zero(lambda: artifact.write_manifest(out, stage="cache_logits", recipe={}, parents={}))
