@@ -1,4 +1,4 @@
-"""Distill a teacher into a student: the student learns the teacher's logits."""
+"""Distill a teacher, at hand or in a store of its logits, into a student."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from minitron import artifact, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.distill.losses import DistillConfig, LogitDistillation
+from minitron.distill.offline.objective import StoredDistillation
+from minitron.distill.offline.store import LogitStore
+from minitron.distill.offline.teacher import StoredTeacher
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
@@ -20,6 +23,7 @@ from minitron.stage import run
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
+from minitron.train.objective import Objective
 from minitron.train.run import finish_run, open_batches, open_run
 
 
@@ -65,9 +69,9 @@ class Recipe:
 
 
 def main(recipe: Recipe) -> None:
-    """Build both models, train the student, write it."""
+    """Build the models, train the student, write it."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    teacher_path, student_path = recipe.teacher.path, recipe.student.path
+    teacher_path, student_path = recipe.teacher.source, recipe.student.path
     on_rank_zero(
         lambda: artifact.check_out(
             recipe.out,
@@ -76,14 +80,24 @@ def main(recipe: Recipe) -> None:
             inputs=[teacher_path, student_path],
         )
     )
-    teacher_arch, teacher_weights = open_model(teacher_path)
     student_arch, student_weights = open_model(student_path)
-    tokenizer = _shared_tokenizer(recipe, teacher_arch, student_arch)
-    teacher_topology = recipe.teacher.topology(topology, teacher_arch.num_layers)
-    check_parallel(teacher_arch, teacher_topology.config)
     check_parallel(student_arch, recipe.parallel)
-    for arch in (teacher_arch, student_arch):
-        arch.check_seq_length(recipe.data.seq_length)
+    student_arch.check_seq_length(recipe.data.seq_length)
+    store = None if recipe.teacher.logits is None else LogitStore(recipe.teacher.logits)
+    if store is not None:
+        tokenizer = find_tokenizer(student_path)
+        store.check(
+            tokenizer=tokenizer.fingerprint if tokenizer else None,
+            vocab_size=student_arch.vocab_size,
+            seq_length=recipe.data.seq_length,
+            temperature=recipe.distill.temperature,
+        )
+    else:
+        teacher_arch, teacher_weights = open_model(teacher_path)
+        tokenizer = _shared_tokenizer(recipe, teacher_arch, student_arch)
+        teacher_topology = recipe.teacher.topology(topology, teacher_arch.num_layers)
+        check_parallel(teacher_arch, teacher_topology.config)
+        teacher_arch.check_seq_length(recipe.data.seq_length)
     batches, validation = open_batches(
         recipe.data,
         recipe.train,
@@ -93,15 +107,20 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
-    teacher = Teacher(
-        build_llama(teacher_arch, teacher_topology, teacher_weights, dtype=dtype), recipe.teacher
-    )
+    objective: Objective
+    if store is not None:
+        count = recipe.train.steps * recipe.train.global_batch_size
+        on_rank_zero(lambda: store.check_holds(batches, validation, num_samples=count))
+        stored = StoredTeacher(store, is_last_stage=topology.is_last_stage)
+        objective = StoredDistillation(stored, recipe.distill)
+    else:
+        model = build_llama(teacher_arch, teacher_topology, teacher_weights, dtype=dtype)
+        objective = LogitDistillation(Teacher(model, recipe.teacher), recipe.distill)
     student = build_llama(
         student_arch, topology, student_weights, dtype=dtype, recompute=recipe.train.recompute
     )
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=tokenizer)
     open_run(recipe)
-    objective = LogitDistillation(teacher, recipe.distill)
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     if recipe.resume:
         trainer.resume()
@@ -124,7 +143,7 @@ def _shared_tokenizer(
             f"{student.vocab_size}; distillation compares token by token: give a student pruned "
             "from this teacher"
         )
-    of_teacher = find_tokenizer(recipe.teacher.path)
+    of_teacher = find_tokenizer(recipe.teacher.source)
     of_student = find_tokenizer(recipe.student.path)
     if of_teacher and of_student and of_teacher.fingerprint != of_student.fingerprint:
         raise MinitronError(

@@ -146,7 +146,7 @@ def build_teacher(
     config: TeacherConfig, topology: Topology, precision: Precision = "fp32"
 ) -> Teacher:
     """This rank's part of a teacher, with its own layers on every stage."""
-    arch, weights = open_model(config.path)
+    arch, weights = open_model(config.source)
     topology = config.topology(topology, arch.num_layers)
     model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
     return Teacher(model, config)

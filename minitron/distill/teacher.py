@@ -31,10 +31,13 @@ STATES_BYTES = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The model to learn from, and how it shares the ranks with the student."""
+    """The model to learn from, and how it shares the ranks with the student; or what is stored of
+    it."""
 
-    path: Path
+    path: Path | None = None
     """Its Hugging Face directory."""
+    logits: Path | None = None
+    """Instead of the model: a store of its outputs, the `out` of launch/cache_logits.py."""
     window: int | None = None
     """Micro-batches whose teacher states exist at a time, `window · s · b · h_teacher` floats on
     each rank of the last stage; null takes as many as fit in 1 GiB, and at least four for each
@@ -43,8 +46,18 @@ class TeacherConfig:
     """Teacher layers of each pipeline stage; null spreads them evenly."""
 
     def __post_init__(self) -> None:
+        if (self.path is None) == (self.logits is None):
+            given = "both were given" if self.path is not None else "neither was given"
+            raise MinitronError(f"give either --teacher.path or --teacher.logits; {given}")
         if self.window is not None and self.window < 1:
             raise MinitronError(f"teacher.window={self.window} must be at least 1")
+
+    @property
+    def source(self) -> Path:
+        """What the student learns from: the model or the store."""
+        source = self.path or self.logits
+        assert source is not None
+        return source
 
     def topology(self, student: Topology, num_layers: int) -> Topology:
         """The student's topology with this teacher's layers on its stages.

@@ -210,6 +210,23 @@ MISTAKES = {
         ("--teacher", "model", "--student", "wide", *DATA),
         "the teacher's vocabulary has 61 tokens, the student's 99; .* give a student pruned from",
     ),
+    "no teacher": ("distill", DISTILL[2:], "give either .* --teacher.logits; neither was given"),
+    "two teachers": ("distill", (*DISTILL, "--teacher.logits", "no"), ".*logits; both were given"),
+    "nothing to store": (
+        "cache_logits",
+        ("--teacher", "model", *DATA),
+        "give either --cache.top_k or --cache.draws; neither was given",
+    ),
+    "more to store than there is": (
+        "cache_logits",
+        ("--teacher", "model", *DATA, "--cache.top_k", 62),
+        "cache.top_k=62 is more than the teacher's vocabulary of 61; lower it",
+    ),
+    "resumed without a store": (
+        "cache_logits",
+        ("--teacher", "model", *DATA, "--cache.draws", 5, "--out", "other", "--resume"),
+        r"--resume cannot continue other, which is no run \(it has no recipe.yaml\); correct --out",
+    ),
     "other tokenizer": (
         "distill",
         ("--teacher", "speaks_a", "--student", "speaks_b", "--data", "tokens_a"),

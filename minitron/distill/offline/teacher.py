@@ -1,0 +1,90 @@
+"""The teacher of a run that distills from a store: targets instead of hidden states.
+
+Ranks of the last stage read the samples of their own micro-batches. Two threads decompress ahead of
+the student, which takes longer over a micro-batch than they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minitron import platform
+from minitron.data.batches import Batch
+from minitron.distill.offline.store import LogitStore
+from minitron.ops.sparse_kl import NO_ID
+
+_AHEAD = 2
+
+
+class SparseTargets(NamedTuple):
+    """A micro-batch of targets."""
+
+    ids: Tensor
+    """[s, b, k] the teacher's known successors; −1 where a token has fewer."""
+    log_probs: Tensor
+    """[s, b, k] fp32."""
+    entropy_excess: Tensor
+    """[s, b] fp32, to be added to the divergence; see `TokenTargets`."""
+
+
+class StoredTeacher:
+    """The targets of the micro-batches at hand.
+
+    Args:
+        store: holds every sample that will be asked for.
+        is_last_stage: whether this rank computes the loss; the others read nothing.
+    """
+
+    def __init__(self, store: LogitStore, *, is_last_stage: bool) -> None:
+        self.store = store
+        self._is_last_stage = is_last_stage
+        self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="targets")
+        self._microbatches: Sequence[Batch] = ()
+        self._read: dict[int, Future[SparseTargets]] = {}
+
+    def run(self, microbatches: Sequence[Batch]) -> None:
+        """Begin to read the targets of micro-batches, which will be taken in this order."""
+        self._microbatches = microbatches
+        self._read.clear()
+        for index in range(_AHEAD):
+            self._begin(index)
+
+    def take(self, index: int) -> SparseTargets:
+        """The targets of a micro-batch, which are let go.
+
+        Raises:
+            MinitronError: a sample is missing, damaged, or of other tokens.
+        """
+        self._begin(index + _AHEAD)
+        targets = self._read.pop(index).result()
+        return SparseTargets(
+            *(tensor.to(platform.device(), non_blocking=True) for tensor in targets)
+        )
+
+    def _begin(self, index: int) -> None:
+        if self._is_last_stage and index < len(self._microbatches):
+            self._read[index] = self._pool.submit(self._load, self._microbatches[index])
+
+    def _load(self, batch: Batch) -> SparseTargets:
+        """Read the rows of a batch; those that fill it up have no targets."""
+        names = batch.sample_ids[batch.valid].tolist()
+        rows = [
+            self.store.read((stream, number), tokens)
+            for (stream, number), tokens in zip(names, batch.tokens.numpy(), strict=False)
+        ]
+        width = max((row.ids.shape[1] for row in rows), default=1)
+        b, s = batch.tokens.shape
+        ids = np.full((s, b, width), NO_ID)
+        log_probs = np.full((s, b, width), -np.inf, np.float32)
+        excess = np.zeros((s, b), np.float32)
+        for column, row in enumerate(rows):
+            ids[:, column, : row.ids.shape[1]] = row.ids
+            log_probs[:, column, : row.ids.shape[1]] = row.log_probs
+            excess[:, column] = row.entropy_excess
+        return SparseTargets(*map(torch.from_numpy, (ids, log_probs, excess)))
