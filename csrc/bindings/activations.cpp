@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "activations_check.h"
 #include "check.h"
 #include "parallel.h"
 
@@ -14,21 +15,9 @@ namespace {
 
 using at::Tensor;
 
-void check_activation(const Tensor& x) {
-    TORCH_CHECK(x.dim() == 3, "an activation must be [s, b, c], not ", x.sizes());
-    TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-                "an activation must be fp32 or bf16, not ", x.scalar_type());
-    TORCH_CHECK(x.is_contiguous(), "an activation must be contiguous");
-}
-
 Tensor stats(const Tensor& x, int64_t group) {
-    check_activation(x);
-    TORCH_CHECK(group >= 1 && x.size(2) % group == 0, "group=", group, " does not divide ",
-                x.size(2));
-    const Activations rows = {x.const_data_ptr(), x.size(0), x.size(1) * x.size(2), group,
-                              x.scalar_type() == at::kBFloat16};
-    Tensor out = at::empty({kNumActivationStats, x.size(1), x.size(2) / group},
-                           x.options().dtype(at::kDouble));
+    const Activations rows = grouped_activation(x, group);
+    Tensor out = new_activation_stats(x, group);
     double* const to = out.mutable_data_ptr<double>();
     const int64_t block = group > 1 ? group : kColumnBlock;
     const auto kernel = activation_stats_on_this_cpu(cpu_capability());
@@ -39,12 +28,7 @@ Tensor stats(const Tensor& x, int64_t group) {
 }
 
 Tensor cosine(const Tensor& before, const Tensor& after) {
-    check_activation(before);
-    check_activation(after);
-    TORCH_CHECK(before.sizes() == after.sizes() && before.scalar_type() == after.scalar_type(),
-                "the two activations differ in shape or dtype");
-    const Activations rows = {before.const_data_ptr(), before.size(0) * before.size(1),
-                              before.size(2), 1, before.scalar_type() == at::kBFloat16};
+    const Activations rows = compared_activations(before, after);
     Tensor out = at::empty({before.size(0), before.size(1)}, before.options().dtype(at::kFloat));
     float* const to = out.mutable_data_ptr<float>();
     const void* const other = after.const_data_ptr();

@@ -6,59 +6,15 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <vector>
 
-#include "check.h"
+#include "logit_kl_check.h"
 #include "parallel.h"
 
 namespace minitron {
 namespace {
 
 using at::Tensor;
-
-LogitRows rows_of(const Tensor& logits, const char* name) {
-    TORCH_CHECK(logits.dim() == 2, name, " must be [tokens, columns], not ", logits.sizes());
-    TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1, name, " needs unit column stride");
-    const bool wide = logits.scalar_type() == at::kFloat;
-    TORCH_CHECK(wide || logits.scalar_type() == at::kBFloat16, name, " must be fp32 or bf16, not ",
-                logits.scalar_type());
-    return {logits.const_data_ptr(), logits.stride(0), wide ? Dtype::kFloat32 : Dtype::kBFloat16};
-}
-
-LogitKLArguments arguments(const Tensor& student, const Tensor& teacher,
-                           const std::optional<Tensor>& labels, const std::optional<Tensor>& mask,
-                           int64_t valid_columns, int64_t label_offset, double temperature,
-                           bool reverse, bool unit_sum) {
-    TORCH_CHECK(student.sizes() == teacher.sizes(), "student ", student.sizes(), " and teacher ",
-                teacher.sizes(), " differ");
-    TORCH_CHECK(0 <= valid_columns && valid_columns <= student.size(1),
-                "valid_columns=", valid_columns, " of ", student.size(1));
-    TORCH_CHECK(temperature > 0, "temperature=", temperature, " must be positive");
-    const int64_t tokens = student.size(0);
-    return {.student = rows_of(student, "student"),
-            .teacher = rows_of(teacher, "teacher"),
-            .columns = valid_columns,
-            .padding = student.size(1) - valid_columns,
-            .labels = labels ? checked<int64_t>(*labels, {tokens}, "labels") : nullptr,
-            .label_offset = label_offset,
-            .mask = mask ? checked<bool>(*mask, {tokens}, "mask") : nullptr,
-            .temperature = static_cast<float>(temperature),
-            .reverse = reverse,
-            .unit_sum = unit_sum && temperature != 1};
-}
-
-LogitKLGradient gradient_to(const Tensor& destination, const Tensor& student,
-                            const Tensor& weights) {
-    TORCH_CHECK(destination.sizes() == student.sizes() &&
-                    destination.scalar_type() == student.scalar_type(),
-                "destination must have the shape and dtype of student");
-    TORCH_CHECK(destination.size(1) <= 1 || destination.stride(1) == 1,
-                "destination needs unit column stride");
-    const int64_t tokens = student.size(0);
-    return {destination.mutable_data_ptr(), destination.stride(0),
-            checked<float>(weights, {kNumLosses, tokens}, "weights"), tokens};
-}
 
 Tensor statistics(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
                   const std::optional<Tensor>& mask, int64_t valid_columns, int64_t label_offset,
@@ -75,11 +31,8 @@ Tensor statistics(const Tensor& student, const Tensor& teacher, const std::optio
 
 std::tuple<Tensor, Tensor> merge(const Tensor& gathered, const std::optional<Tensor>& mask,
                                  double temperature) {
-    TORCH_CHECK(gathered.dim() == 3, "gathered must be [t, tokens, 8], not ", gathered.sizes());
-    const int64_t ranks = gathered.size(0), tokens = gathered.size(1);
-    const auto* const from = reinterpret_cast<const KLStatistics*>(
-        checked<float>(gathered, {ranks, tokens, kNumStatistics}, "gathered"));
-    const bool* const read = mask ? checked<bool>(*mask, {tokens}, "mask") : nullptr;
+    const auto [data, ranks, tokens, read] = merge_arguments(gathered, mask);
+    const auto* const from = reinterpret_cast<const KLStatistics*>(data);
     const float tau = static_cast<float>(temperature);
     Tensor losses = at::empty({kNumLosses, tokens}, gathered.options());
     Tensor merged = at::empty({tokens, kNumStatistics}, gathered.options());

@@ -10,8 +10,6 @@ namespace minitron {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr float kSmallestNorm = 1e-8f;  // torch.nn.functional.cosine_similarity's eps
-
 template <typename T>
 float cosine(const T* before, const T* after, int64_t count) {
     Vec dot0(0.f), before0(0.f), after0(0.f), dot1(0.f), before1(0.f), after1(0.f);

@@ -42,22 +42,27 @@ MINITRON_INLINE float kl_moved(float cross, float sum, float weight, float shift
     return weight > 0.f ? weight * (cross + sum * (shift - other)) : 0.f;
 }
 
+// The same statistics with references m and n, which are not below their own.
+MINITRON_INLINE KLStatistics kl_with_references(const KLStatistics& u, float m, float n,
+                                                float temperature) {
+    const float um = (u.m - m) / temperature, un = (u.n - n) / temperature;
+    const float student = kl_weight(um), teacher = kl_weight(un);
+    return {m,
+            n,
+            u.a * student,
+            u.b * teacher,
+            kl_moved(u.c, u.b, teacher, un, um),
+            kl_moved(u.d, u.a, student, um, un),
+            u.e * kl_weight(u.m - m),
+            u.l};
+}
+
 MINITRON_INLINE KLStatistics kl_merge(const KLStatistics& u, const KLStatistics& v,
                                       float temperature) {
-    KLStatistics r;
-    r.m = u.m > v.m ? u.m : v.m;
-    r.n = u.n > v.n ? u.n : v.n;
-    const float um = (u.m - r.m) / temperature, un = (u.n - r.n) / temperature;
-    const float vm = (v.m - r.m) / temperature, vn = (v.n - r.n) / temperature;
-    const float u_student = kl_weight(um), v_student = kl_weight(vm);
-    const float u_teacher = kl_weight(un), v_teacher = kl_weight(vn);
-    r.a = u.a * u_student + v.a * v_student;
-    r.b = u.b * u_teacher + v.b * v_teacher;
-    r.c = kl_moved(u.c, u.b, u_teacher, un, um) + kl_moved(v.c, v.b, v_teacher, vn, vm);
-    r.d = kl_moved(u.d, u.a, u_student, um, un) + kl_moved(v.d, v.a, v_student, vm, vn);
-    r.e = u.e * kl_weight(u.m - r.m) + v.e * kl_weight(v.m - r.m);
-    r.l = u.l + v.l;
-    return r;
+    const float m = u.m > v.m ? u.m : v.m, n = u.n > v.n ? u.n : v.n;
+    const KLStatistics p = kl_with_references(u, m, n, temperature);
+    const KLStatistics q = kl_with_references(v, m, n, temperature);
+    return {m, n, p.a + q.a, p.b + q.b, p.c + q.c, p.d + q.d, p.e + q.e, p.l + q.l};
 }
 
 // Per-token losses in nats, of the statistics over the whole vocabulary.

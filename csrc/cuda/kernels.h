@@ -1,0 +1,39 @@
+// The CUDA kernels, as plain C++ functions: nothing here, nor where they are defined, knows torch.
+//
+// All pointers are to memory of the current device; `stream` is a cudaStream_t of it. Nothing waits
+// for the device. What is returned is null, or why a kernel could not be launched.
+
+#pragma once
+
+#include <cstdint>
+
+#include "activation_arguments.h"
+#include "logit_kl_arguments.h"
+
+namespace minitron::cuda {
+
+// One read of both logits: statistics [tokens, 8].
+const char* logit_kl_statistics(const LogitKLArguments&, int64_t tokens, float* statistics,
+                                void* stream);
+
+// Losses [kNumLosses, tokens] and merged statistics [tokens, 8] of all ranks' [ranks, tokens, 8].
+const char* logit_kl_merge(const float* gathered, int64_t ranks, int64_t tokens, const bool* mask,
+                           float temperature, float* losses, float* merged, void* stream);
+
+// The gradient by the student's logits, from the statistics over the whole vocabulary.
+const char* logit_kl_gradient(const LogitKLArguments&, const LogitKLGradient&, const float* merged,
+                              void* stream);
+
+// Statistics and gradient of a vocabulary that is whole here.
+const char* logit_kl_fused(const LogitKLArguments&, const LogitKLGradient&, float* statistics,
+                           void* stream);
+
+// Σ|x|, Σx², Σx and max|x| over the rows: `out` [4, columns / group]. The scratch memory holds
+// activation_stats_scratch(x) floats.
+int64_t activation_stats_scratch(const Activations&);
+const char* activation_stats(const Activations&, float* scratch, double* out, void* stream);
+
+// Cosines between the rows of two arrays of the same shape and type.
+const char* block_cosine(const Activations& before, const void* after, float* out, void* stream);
+
+}  // namespace minitron::cuda
