@@ -51,6 +51,7 @@ Path("/tmp/requirements.txt").write_text("\n".join(requirements) + "\n")
 Path("/tmp/constraints.txt").write_text("\n".join([*present.values(), *lacking]) + "\n")
 PYTHON
 
+# With the CUDA kernels, for all GPUs that setup.py names: a build needs nvcc, not a GPU.
 COPY . .
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . && chmod -R a+rX .
 

@@ -11,10 +11,10 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench gpu-check lint clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: .venv/.dev ## Create .venv with the pinned dependencies, test and development tools
 
@@ -27,6 +27,9 @@ test: .venv/.dev ## Run the tests
 bench: .venv/.dev ## Time the kernels and pruning, about 20 minutes and 9 GB of disk; writes docs/results
 	$(BIN)/python -m tests.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
+
+gpu-check: ## Build, test and time the kernels on this GPU with PYTHON, under 8 minutes; writes docs/results
+	@$(PYTHON) -m tests.gpu_check
 
 lint: .venv/.dev ## Check style and types
 	$(BIN)/ruff check .

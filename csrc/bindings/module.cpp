@@ -28,6 +28,11 @@ pybind11::dict build_information() {
     pybind11::dict d;
     d["compiler"] = __VERSION__;
     d["cpu_capability"] = std::string(minitron::cpu_capability());
+#if defined(MINITRON_CUDA)
+    d["devices"] = pybind11::make_tuple("cpu", "cuda");
+#else
+    d["devices"] = pybind11::make_tuple("cpu");
+#endif
     return d;
 }
 

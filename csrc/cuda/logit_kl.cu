@@ -195,10 +195,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     }
     const LogitReader<S, T> logits(args, row);
     const int packs = logits.student.packs();
-    const int label = label_column(args, row);
-    const float label_logit = label >= 0 ? widen(logits.student.data[label]) : 0.f;
     const auto own = sweep<kAll, false>(logits, 0, packs, args.temperature,
                                         [](int, const Pack<S>&, const Pack<T>&) {});
+    // Read before the thread that has it may write over it.
+    const int label = label_column(args, row);
+    const float label_logit = label >= 0 ? widen(logits.student.data[label]) : 0.f;
     KLStatistics r =
         merge_over_block(own, args.temperature, reinterpret_cast<float*>(shared_memory()));
     r.l = label_logit;
@@ -232,7 +233,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const int begin = min(part * share, packs), end = min(begin + share, packs);
     if (is_masked(args, row)) {
         if (last && threadIdx.x == 0) statistics[row] = kl_neutral();
-        zero(to, begin * kWidth, last ? columns + padding : min(end * kWidth, columns));
+        zero(to, min(begin * kWidth, columns),
+             last ? columns + padding : min(end * kWidth, columns));
         return;
     }
     float* const scratch = reinterpret_cast<float*>(shared_memory());
@@ -240,14 +242,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     auto* const students = reinterpret_cast<Pack<S>*>(shared_memory() + kBlockBytes);
     auto* const teachers = reinterpret_cast<Pack<T>*>(students + share);
 
-    const int label = label_column(args, row);
-    const float label_logit = label >= 0 ? widen(logits.student.data[label]) : 0.f;
     const auto own =
         sweep<kAll, true>(logits, begin, end, args.temperature,
                           [&](int index, const Pack<S>& student, const Pack<T>& teacher) {
                               students[index - begin] = student;
                               teachers[index - begin] = teacher;
                           });
+    const int label = label_column(args, row);
+    const float label_logit = label >= 0 ? widen(logits.student.data[label]) : 0.f;
     const KLStatistics of_part = merge_over_block(own, args.temperature, scratch);
     if (threadIdx.x == 0) *exchanged = of_part;
     cluster.sync();

@@ -17,6 +17,9 @@ from minitron.metrics import log
 
 _library = torch.library.Library("minitron", "DEF")
 extension_built = importlib.util.find_spec("minitron._C") is not None
+kernel_devices: tuple[str, ...] = ()
+if extension_built:
+    kernel_devices = importlib.import_module("minitron._C").build_information()["devices"]
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _noticed = False
 
@@ -48,7 +51,7 @@ def define(
     def call(first: torch.Tensor, *args: Any) -> Any:
         if first.dtype not in _KERNEL_DTYPES:
             return reference(first, *args)
-        _notice()
+        _notice(first.device.type)
         return op(first, *args)
 
     return call
@@ -100,12 +103,12 @@ def _differentiate(op: torch._ops.OpOverload, reference: Callable[..., Any]) -> 
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_library)
 
 
-def _notice() -> None:
+def _notice(device: str) -> None:
     global _noticed
-    if not (extension_built or _noticed):
-        log("minitron._C is not built: ops run in PyTorch (`make setup` builds it)")
+    if _noticed or device in kernel_devices:
+        return
     _noticed = True
-
-
-if extension_built:
-    importlib.import_module("minitron._C")
+    if kernel_devices:
+        log("minitron._C was built without CUDA: on a GPU, ops run in PyTorch (set CUDA_HOME)")
+    else:
+        log("minitron._C is not built: ops run in PyTorch (`make setup` builds it)")

@@ -2,7 +2,7 @@
 
 Every op runs in a process of its own, once with glibc's default allocator, which gives large
 tensors back to the system and pays page faults for them again each time, and once with a warm heap,
-which is what a long training run has.
+which is what a long training run has. On a GPU (`--device cuda`) torch has an allocator of its own.
 """
 
 from __future__ import annotations
@@ -25,18 +25,13 @@ from tests.bench import linear_kl
 from tests.bench.runner import measure
 
 OPS = ("logit_kl", "activation_stats", "block_cosine", "linear_kl")
-# Peak memory of linear_kl, and of what it replaces where that fits a small machine.
-PEAKS = (
-    ("eager", {"tokens": 1024, "hidden": 64, "vocabulary": 128256}),
-    ("linear_kl", {"tokens": 1024, "hidden": 64, "vocabulary": 128256}),
-    ("linear_kl", {"tokens": 8192, "hidden": 64, "vocabulary": 128256}),
-)
 WARM_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "1000000000",
 }
 ALLOCATORS = {"warm": WARM_HEAP, "default": {}}
+DEVICES = {"cpu": ["warm", "default"], "cuda": ["default"]}
 
 
 def main() -> None:
@@ -49,6 +44,7 @@ def main() -> None:
         metavar="OP",
         help=f"of {', '.join(OPS)}; default: all",
     )
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--allocator", choices=list(ALLOCATORS), action="append")
@@ -58,23 +54,25 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
-        for case in importlib.import_module(f"tests.bench.{args.child}").cases():
-            rows = [dataclasses.asdict(row) for row in measure(case, rounds=args.rounds)]
-            print(json.dumps(rows), flush=True)
+        for case in importlib.import_module(f"tests.bench.{args.child}").cases(args.device):
+            rows = measure(case, rounds=args.rounds, device=args.device)
+            print(json.dumps([dataclasses.asdict(row) for row in rows]), flush=True)
         return
     if args.peak is not None:
-        variant, sizes = PEAKS[args.peak]
-        print(json.dumps({"variant": variant, **sizes, "mb": linear_kl.peak(variant, **sizes)}))
+        variant, problem = linear_kl.PEAKS[args.device][args.peak]
+        sizes = {name: getattr(problem, name) for name in ("tokens", "hidden", "vocabulary")}
+        megabytes = linear_kl.peak(variant, problem, args.device)
+        print(json.dumps({"variant": variant, **sizes, "mb": megabytes}))
         return
     results: list[dict[str, Any]] = []
     for op in args.ops or OPS:
-        for allocator in args.allocator or ALLOCATORS:
+        for allocator in args.allocator or DEVICES[args.device]:
             for row in _child(op, allocator, args):
                 results.append({"allocator": allocator, **row})
                 print(_line(results[-1]), flush=True)
     peaks = []
     if "linear_kl" in (args.ops or OPS):
-        for number in range(len(PEAKS)):
+        for number in range(len(linear_kl.PEAKS[args.device])):
             peaks.append(_run("default", args, "--peak", str(number))[0])
             print(_peak_line(peaks[-1]), flush=True)
     _write(args.out, results, peaks, args)
@@ -88,6 +86,7 @@ def _run(allocator: str, args: argparse.Namespace, *arguments: str) -> list[Any]
     """What a process of its own prints, a JSON value a line."""
     command = [sys.executable, "-m", "tests.bench", *arguments]
     command += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
+    command += ["--device", args.device]
     environment = {**os.environ, **ALLOCATORS[allocator]}
     output = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -151,15 +150,22 @@ def _write(
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+    if args.device == "cuda":
+        machine["machine"] = torch.cuda.get_device_name()
+        machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        machine["cuda"] = torch.version.cuda
+    name, page = {"cpu": ("kernels_cpu", _CPU_PAGE), "cuda": ("kernels_gpu", _GPU_PAGE)}[
+        args.device
+    ]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "kernels_cpu.json").write_text(
+    (directory / f"{name}.json").write_text(
         json.dumps({"machine": machine, "results": results, "peaks": peaks}, indent=1) + "\n"
     )
     described = ", ".join(f"{key} {value}" for key, value in machine.items())
     table = "\n".join([_HEADER, *map(_line, results)])
     memory = "\n".join(map(_peak_line, peaks))
-    (directory / "kernels_cpu.md").write_text(
-        _PAGE.format(described=described, table=table, memory=memory)
+    (directory / f"{name}.md").write_text(
+        page.format(described=described, table=table) + _MEMORY.format(memory=memory)
     )
 
 
@@ -169,7 +175,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-_PAGE = """# Kernels on a CPU
+_CPU_PAGE = """# Kernels on a CPU
 
 Written by `make bench`; the same numbers as JSON are in kernels_cpu.json. Variants of a case run in
 turn and a time is the median of the rounds. On a machine that others use too (see its load), only
@@ -177,16 +183,31 @@ ratios mean anything, and even those vary from run to run: kernels.md says by ho
 "GB/s" is what the variant must move at least, divided by its time; "of copy" compares that with
 a copy measured in the same rounds.
 
-No kernel has run on a GPU yet; there are no GPU numbers.
+Nothing on this page comes from a GPU.
 
 {described}
 
 {table}
+"""
 
+_GPU_PAGE = """# Kernels on a GPU
+
+Written by `make gpu-check`; the same numbers as JSON are in kernels_gpu.json. Variants of a case
+run in turn, each several times a round, and a time is the median of the rounds. "GB/s" is what the
+variant must move at least, divided by its time; "of copy" compares that with a copy measured in
+the same rounds.
+
+{described}
+
+{table}
+"""
+
+_MEMORY = """
 ## Peak memory of linear_kl
 
-What one step, forward and backward, adds to the process's peak, in chunks of 256 tokens: two
-chunks of logits, gradients of the hidden states and of the head, and what the GEMMs take.
+What one step, forward and backward, adds to the peak, in chunks of 256 tokens on a CPU and of 2048
+on a GPU: two chunks of logits, gradients of the hidden states and of the head, and what the GEMMs
+take.
 
 | variant | tokens | hidden size | vocabulary | MB |
 |---|---|---|---|---|

@@ -14,7 +14,8 @@ from torch import Tensor
 from minitron.ops.activation_stats import activation_stats
 from tests.bench.runner import Case
 
-SHAPE = (4096, 1, 4096)
+SHAPES = {"cpu": (4096, 1, 4096), "cuda": (8192, 4, 4096)}
+TARGETS = {"cpu": (9.0, 3.0), "cuda": (8.0, 1.5)}
 
 
 def eager(x: Tensor) -> tuple[Tensor, ...]:
@@ -23,17 +24,17 @@ def eager(x: Tensor) -> tuple[Tensor, ...]:
     return magnitude.sum(0), x.float().square().sum(0), x.float().sum(0), magnitude.amax(0)
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str) -> Iterator[Case]:
     """Both dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield _case(torch.randn(SHAPE).to(dtype))
+        yield _case(torch.randn(SHAPES[device], device=device).to(dtype))
 
 
 def _case(x: Tensor) -> Case:
     compiled = torch.compile(eager)
     return Case(
         op="activation_stats",
-        shape=str(list(SHAPE)),
+        shape=str(list(x.shape)),
         dtype=str(x.dtype).removeprefix("torch."),
         variants={
             "eager": lambda: eager(x),
@@ -42,5 +43,5 @@ def _case(x: Tensor) -> Case:
             "one read": lambda: activation_stats(x),
         },
         floor_bytes={"one read": x.nbytes},
-        targets={"one read": (9.0, 3.0)},
+        targets={"one read": TARGETS[x.device.type]},
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from minitron.ops.block_cosine import block_cosine
 from tests.bench.runner import Case
 
-SHAPE = (4096, 1, 4096)
+SHAPES = {"cpu": (4096, 1, 4096), "cuda": (8192, 4, 4096)}
 
 
 def eager(before: Tensor, after: Tensor) -> Tensor:
@@ -18,17 +18,18 @@ def eager(before: Tensor, after: Tensor) -> Tensor:
     return torch.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str) -> Iterator[Case]:
     """Both dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield _case(torch.randn(SHAPE).to(dtype), torch.randn(SHAPE).to(dtype))
+        before, after = torch.randn(2, *SHAPES[device], device=device).to(dtype)
+        yield _case(before, after)
 
 
 def _case(before: Tensor, after: Tensor) -> Case:
     compiled = torch.compile(eager)
     return Case(
         op="block_cosine",
-        shape=str(list(SHAPE)),
+        shape=str(list(before.shape)),
         dtype=str(before.dtype).removeprefix("torch."),
         variants={
             "eager": lambda: eager(before, after),

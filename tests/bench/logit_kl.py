@@ -16,11 +16,17 @@ from minitron.ops.logit_kl import logit_kl, logit_losses_and_gradient
 from tests.bench.runner import Case
 
 TEMPERATURE = 2.0
-SHAPES = ((2048, 32000), (512, 128256))
+SHAPES = {
+    "cpu": ((2048, 32000), (512, 128256)),
+    "cuda": ((8192, 16032), (8192, 128256)),  # the first is a shard of the second at TP=8
+}
 # Over eager and over torch.compile.
+GPU_TARGETS = {"two sweeps": (8.0, 1.5), "fused": (8.0, 1.5)}
 TARGETS = {
-    torch.float32: {"two sweeps": (4.5, 2.2), "fused": (7.0, 3.0)},
-    torch.bfloat16: {"two sweeps": (7.5, 3.5), "fused": (9.5, 5.0)},
+    ("cpu", torch.float32): {"two sweeps": (4.5, 2.2), "fused": (7.0, 3.0)},
+    ("cpu", torch.bfloat16): {"two sweeps": (7.5, 3.5), "fused": (9.5, 5.0)},
+    ("cuda", torch.float32): GPU_TARGETS,
+    ("cuda", torch.bfloat16): GPU_TARGETS,
 }
 
 
@@ -37,18 +43,20 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_probabilities(student), target, reduction="none", log_target=True).sum(-1)
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str) -> Iterator[Case]:
     """Both vocabularies in both dtypes."""
-    for tokens, vocabulary in SHAPES:
+    for tokens, vocabulary in SHAPES[device]:
         for dtype in (torch.float32, torch.bfloat16):
-            yield _case(tokens, vocabulary, dtype)
+            yield _case(tokens, vocabulary, dtype, device)
 
 
-def _case(tokens: int, vocabulary: int, dtype: torch.dtype) -> Case:
-    student = torch.randn(tokens, 1, vocabulary).mul_(3).to(dtype).requires_grad_()
-    teacher = torch.randn(tokens, 1, vocabulary).mul_(3).to(dtype)
-    upstream = torch.rand(tokens, 1)
-    weights = torch.zeros(4, tokens)
+def _case(tokens: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+    def draw() -> Tensor:
+        return torch.randn(tokens, 1, vocabulary, device=device).mul_(3).to(dtype)
+
+    student, teacher = draw().requires_grad_(), draw()
+    upstream = torch.rand(tokens, 1, device=device)
+    weights = torch.zeros(4, tokens, device=device)
     weights[0] = upstream[:, 0]
     rows, teacher_rows = student.detach()[:, 0], teacher[:, 0]
     gradient = torch.empty_like(rows)
@@ -74,5 +82,5 @@ def _case(tokens: int, vocabulary: int, dtype: torch.dtype) -> Case:
             "fused": fused,
         },
         floor_bytes={"two sweeps": 5 * element, "fused": 3 * element},
-        targets=TARGETS[dtype],
+        targets=TARGETS[device, dtype],
     )

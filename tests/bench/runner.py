@@ -1,7 +1,8 @@
 """Times variants of one computation against each other.
 
 Variants run in turn, round after round, so that what else the machine does hits all alike; a
-variant's time is its median. Only ratios within one run mean anything.
+variant's time is its median. Only ratios within one run mean anything. On a GPU a round runs a
+variant often enough that starting it, and waiting for its end, do not count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+_GPU_ROUND_MS = 20.0
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,31 @@ class Row:
     target: tuple[float, float] | None
 
 
-def measure(case: Case, *, rounds: int) -> list[Row]:
+def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
     """Run a case's variants in turn."""
-    source = torch.ones(1 << 26)  # 256 MB, far beyond any cache
+    on_gpu = device != "cpu"
+    source = torch.ones(1 << (28 if on_gpu else 26), device=device)  # far beyond any cache
     target = torch.empty_like(source)
     variants = {**case.variants, "copy": lambda: target.copy_(source)}
-    for run in variants.values():  # compilation, first touches
-        run()
-        run()
+
+    def time_ms(run: Callable[[], object], repetitions: int = 1) -> float:
+        start = time.perf_counter()
+        for _ in range(repetitions):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / repetitions
+
+    repetitions = dict.fromkeys(variants, 1)
+    for name, run in variants.items():
+        time_ms(run)  # compilation, first touches
+        once = time_ms(run)
+        if on_gpu:
+            repetitions[name] = max(1, min(50, int(_GPU_ROUND_MS / once)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(time_ms(run, repetitions[name]))
     medians = {name: statistics.median(values) for name, values in times.items()}
     copy_gb_per_s = 2 * source.nbytes / medians["copy"] / 1e6
     eager, compiled = (medians[name] for name in list(case.variants)[:2])

@@ -30,7 +30,8 @@ def run_all(commands: list[list[str]], cwd: Path = ROOT) -> list[str]:
 
     def run(command: list[str]) -> str:
         result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+        output = (result.stdout + result.stderr)[-4000:]
+        assert result.returncode == 0, f"{' '.join(command)}\n{output}"
         return result.stderr
 
     with ThreadPoolExecutor(2) as pool:

@@ -1,19 +1,16 @@
 """The extension with CUDA, as far as a machine without a GPU can tell; needs nvcc."""
 
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
 from tests.csrc import building
+from tests.gpu_check import cuda_home
 
-NVCC = shutil.which("nvcc")
-CUDA_HOME = os.environ.get("CUDA_HOME") or (NVCC and str(Path(NVCC).resolve().parents[1]))
+CUDA_HOME = cuda_home()
 
 pytestmark = [
-    pytest.mark.skipif(not CUDA_HOME, reason="needs nvcc on PATH or CUDA_HOME"),
+    pytest.mark.skipif(not CUDA_HOME, reason="needs nvcc: CUDA_HOME, /usr/local/cuda or PATH"),
     pytest.mark.slow,
 ]
 
@@ -62,9 +59,9 @@ def test_kernels_compile_for_every_gpu_without_a_register_spill(compiled):
     assert said
     for name, text in said.items():
         assert set(re.findall(r"for '(sm_\d+)'", text)) == {"sm_80", "sm_90", "sm_100"}, name
-        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        spills = re.findall(r"Function properties for (\w+)\n.* (\d+) bytes spill stores", text)
         assert len(spills) >= 3
-        assert set(spills) == {("0", "0")}, f"{name}:\n{text}"
+        assert [kernel for kernel, stored in spills if stored != "0"] == []
 
 
 def test_loads_without_a_gpu_and_has_both_devices(build, compiled, tmp_path):

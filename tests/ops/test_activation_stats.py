@@ -10,9 +10,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 2, 64), (267, 3, 37), (530, 1, 2100)], ids=str)
-def test_sums_over_the_sequence(shape, dtype):
+def test_sums_over_the_sequence(shape, dtype, device):
     torch.seed()
-    x = (torch.randn(shape) + 0.5).to(dtype)
+    x = (torch.randn(shape, device=device) + 0.5).to(dtype)
     wide = x.double()
     stats = activation_stats(x)
     for found, expected in (
@@ -27,9 +27,9 @@ def test_sums_over_the_sequence(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 128])
-def test_norms_of_heads(head_dim, dtype):
+def test_norms_of_heads(head_dim, dtype, device):
     torch.seed()
-    x = torch.randn(31, 2, 3 * head_dim).to(dtype)
+    x = torch.randn(31, 2, 3 * head_dim, device=device).to(dtype)
     norms = x.double().unflatten(-1, (3, head_dim)).norm(dim=-1)
     if head_dim == 1:
         norms = x.double()
@@ -39,8 +39,8 @@ def test_norms_of_heads(head_dim, dtype):
     torch.testing.assert_close(stats.abs_max, norms.abs().amax(0), rtol=1e-6, atol=1e-6)
 
 
-def test_a_strided_activation():
-    x = torch.randn(9, 2, 70)
+def test_a_strided_activation(device):
+    x = torch.randn(9, 2, 70, device=device)
     cut = x[..., 3:60]
     assert torch.equal(
         torch.stack(activation_stats(cut)), torch.stack(activation_stats(cut.contiguous()))
@@ -60,8 +60,15 @@ def test_threads_do_not_change_a_digit():
     assert torch.equal(*results)
 
 
-def test_nan_is_seen():
-    x = torch.zeros(600, 1, 40)
+@pytest.mark.parametrize("group", [1, 128], ids=["channels", "heads"])
+def test_the_same_digits_every_time(group, device):
+    x = torch.randn(700, 3, 384, device=device)
+    first, second = (torch.stack(activation_stats(x, group=group)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_nan_is_seen(device):
+    x = torch.zeros(600, 1, 40, device=device)
     x[3, 0, 7] = torch.nan
     for sums in activation_stats(x)[:3]:
         assert sums.isnan().sum() == 1
@@ -69,9 +76,15 @@ def test_nan_is_seen():
 
 @pytest.mark.parametrize("group", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_op_keeps_the_contract_of_torch(group, dtype):
-    x = torch.randn(9, 2, 12).to(dtype).requires_grad_()
+def test_op_keeps_the_contract_of_torch(group, dtype, device):
+    x = torch.randn(9, 2, 12, device=device).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.minitron.activation_stats, (x, group))
+
+
+def test_an_empty_sequence(device):
+    for sums in activation_stats(torch.zeros(0, 2, 12, device=device)):
+        assert sums.shape == (2, 12)
+        assert sums.count_nonzero() == 0
 
 
 def test_a_group_must_divide():

@@ -1,28 +1,22 @@
 """What is said, and what still works, where the extension was not built."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from minitron.ops import library
 from minitron.ops.activation_stats import activation_stats
+from tests.csrc.building import setup_script
 
 
 @pytest.fixture
 def build():
-    """The repository's setup.py, as a module."""
-    path = Path(__file__).parents[2] / "setup.py"
-    spec = importlib.util.spec_from_file_location("minitron_setup", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_script()
 
 
 def test_one_line_of_notice(monkeypatch, caplog):
-    monkeypatch.setattr(library, "extension_built", False)
+    monkeypatch.setattr(library, "kernel_devices", ())
     monkeypatch.setattr(library, "_noticed", False)
     caplog.set_level("INFO")
     for _ in range(3):
@@ -30,6 +24,22 @@ def test_one_line_of_notice(monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "minitron._C is not built: ops run in PyTorch (`make setup` builds it)"
     ]
+
+
+def test_a_gpu_without_kernels_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(library, "kernel_devices", ("cpu",))
+    monkeypatch.setattr(library, "_noticed", False)
+    caplog.set_level("INFO")
+    activation_stats(torch.ones(2, 1, 3))
+    activation_stats(torch.ones(2, 1, 3, device="meta"))
+    assert [record.message for record in caplog.records] == [
+        "minitron._C was built without CUDA: on a GPU, ops run in PyTorch (set CUDA_HOME)"
+    ]
+
+
+@pytest.mark.gpu
+def test_kernels_for_the_gpu_are_built():
+    assert "cuda" in library.kernel_devices
 
 
 def test_the_build_can_be_switched_off(build, monkeypatch):

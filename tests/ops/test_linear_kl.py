@@ -15,20 +15,20 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def _inputs(seed, dtype):
+def _inputs(seed, dtype, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     tensors = [draw(S, B, H), draw(PADDED, H), draw(S, B, TEACHER_H), draw(PADDED, TEACHER_H)]
     labels = torch.randint(VOCAB, (S, B), generator=generator)
     mask = (torch.rand(S, B, generator=generator) < 0.7).float()
-    return tensors, labels, mask
+    return tensors, labels.to(device), mask.to(device)
 
 
-def _run(seed, dtype, temperature, sequence_parallel, rank=0, size=1, group=None):
-    (hidden, head, teacher, teacher_head), labels, mask = _inputs(seed, dtype)
+def _run(seed, dtype, temperature, sequence_parallel, rank=0, size=1, group=None, device="cpu"):
+    (hidden, head, teacher, teacher_head), labels, mask = _inputs(seed, dtype, device)
     if sequence_parallel:
         hidden, teacher = hidden.chunk(size)[rank], teacher.chunk(size)[rank]
     width = PADDED // size
@@ -55,8 +55,8 @@ def _on_rank(*args):
     return _run(*args, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
-def _expected(seed, dtype, temperature):
-    tensors, labels, mask = _inputs(seed, dtype)
+def _expected(seed, dtype, temperature, device):
+    tensors, labels, mask = _inputs(seed, dtype, device)
     hidden, head, teacher, teacher_head = (x.double().clone() for x in tensors)
     hidden.requires_grad_()
     head.requires_grad_()
@@ -69,7 +69,9 @@ def _expected(seed, dtype, temperature):
 
 
 def _check(ranks, seed, dtype, temperature, sequence_parallel):
-    kl, cross_entropy, hidden_grad, head_grad = _expected(seed, dtype, temperature)
+    kl, cross_entropy, hidden_grad, head_grad = _expected(
+        seed, dtype, temperature, ranks[0][0].device
+    )
     tolerance = TOLERANCE[dtype]
 
     def assert_close(found, expected):
@@ -92,9 +94,10 @@ def _check(ranks, seed, dtype, temperature, sequence_parallel):
 
 @DTYPES
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_equals_whole_logits(dtype, temperature):
+def test_equals_whole_logits(dtype, temperature, device):
     seed = torch.seed() % 2**31
-    _check([_run(seed, dtype, temperature, False)], seed, dtype, temperature, False)
+    result = _run(seed, dtype, temperature, False, device=device)
+    _check([result], seed, dtype, temperature, False)
 
 
 @DTYPES

@@ -20,7 +20,7 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def _inputs(seed, dtype, vocabulary, offset=0.0):
+def _inputs(seed, dtype, vocabulary, offset=0.0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, S, B, vocabulary, generator=generator)
     student = (3 * draw() + offset).to(dtype)
@@ -28,7 +28,7 @@ def _inputs(seed, dtype, vocabulary, offset=0.0):
     labels = torch.randint(vocabulary, (S, B), generator=generator)
     upstream = torch.rand(4, S, B, generator=generator)
     mask = (torch.rand(S, B, generator=generator) < 0.7).float()
-    return student, teacher, labels, upstream, mask
+    return tuple(x.to(device) for x in (student, teacher, labels, upstream, mask))
 
 
 def _expected(student, teacher, labels, upstream, mask, temperature):
@@ -54,14 +54,14 @@ def _shard(logits, rank, size):
     """This rank's columns with garbage in the padding, and how many are valid."""
     vocabulary = logits.size(-1)
     width = -(-vocabulary // size) + 13
-    padded = torch.full((S, B, width * size), 50.0, dtype=logits.dtype)
+    padded = logits.new_full((S, B, width * size), 50.0)
     padded[..., :vocabulary] = logits
     start = rank * width
     return padded[..., start : start + width].clone(), min(max(vocabulary - start, 0), width)
 
 
-def _run(rank, size, group, seed, dtype, vocabulary, temperature, fused=False):
-    student, teacher, labels, upstream, mask = _inputs(seed, dtype, vocabulary)
+def _run(rank, size, group, seed, dtype, vocabulary, temperature, fused=False, device="cpu"):
+    student, teacher, labels, upstream, mask = _inputs(seed, dtype, vocabulary, device=device)
     x, valid = _shard(student, rank, size)
     y, _ = _shard(teacher, rank, size)
     x[mask == 0] = math.nan  # masked tokens are not read
@@ -91,7 +91,9 @@ def _on_rank(*args):
 
 
 def _check(results, seed, dtype, vocabulary, temperature):
-    losses, grad = _expected(*_inputs(seed, dtype, vocabulary), temperature)
+    losses, grad = _expected(
+        *_inputs(seed, dtype, vocabulary, device=results[0][0].device), temperature
+    )
     tolerance = LOSS_TOLERANCE[dtype]
     for found, _, _ in results:  # every rank has the whole loss
         torch.testing.assert_close(found.double(), losses, rtol=4 * tolerance, atol=4 * tolerance)
@@ -107,9 +109,9 @@ def _check(results, seed, dtype, vocabulary, temperature):
 @pytest.mark.parametrize("fused", [False, True], ids=["two sweeps", "fused"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 @pytest.mark.parametrize("vocabulary", [1, 15, 4097, 8209])
-def test_losses_and_gradient(dtype, fused, temperature, vocabulary):
+def test_losses_and_gradient(dtype, fused, temperature, vocabulary, device):
     seed = torch.seed() % 2**31
-    result = _run(0, 1, None, seed, dtype, vocabulary, temperature, fused)
+    result = _run(0, 1, None, seed, dtype, vocabulary, temperature, fused, device)
     _check([result], seed, dtype, vocabulary, temperature)
 
 
@@ -124,11 +126,14 @@ def test_losses_and_gradient_of_a_sharded_vocabulary(dtype, world_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_rising_logits_leave_the_first_tiles_references_behind(dtype, offset):
-    student, teacher, labels, upstream, _ = _inputs(torch.seed() % 2**31, dtype, 9000, offset)
-    student = (student.double() + torch.linspace(0, 150, 9000)).to(dtype)
-    teacher = (teacher.double() + torch.linspace(0, 400, 9000)).to(dtype)
-    losses, grad = _expected(student, teacher, labels, upstream, torch.ones(S, B), 1.0)
+def test_rising_logits_leave_the_first_tiles_references_behind(dtype, offset, device):
+    student, teacher, labels, upstream, mask = _inputs(
+        torch.seed() % 2**31, dtype, 9000, offset, device
+    )
+    rise = torch.linspace(0, 1, 9000, device=device)
+    student = (student.double() + 150 * rise).to(dtype)
+    teacher = (teacher.double() + 400 * rise).to(dtype)
+    losses, grad = _expected(student, teacher, labels, upstream, torch.ones_like(mask), 1.0)
     x = student.clone().requires_grad_()
     found = torch.stack(
         logit_losses(x, teacher, valid_columns=9000, labels=labels, reverse=True, z_loss=True)
@@ -140,32 +145,27 @@ def test_rising_logits_leave_the_first_tiles_references_behind(dtype, offset):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_large_offset_costs_no_digits(dtype):
-    student, _, _, _, _ = _inputs(torch.seed() % 2**31, dtype, 301)
+def test_a_large_offset_costs_no_digits(dtype, device):
+    student, _, labels, upstream, mask = _inputs(torch.seed() % 2**31, dtype, 301, device=device)
     teacher = student + 0.01 * torch.randn_like(student)
     student, teacher = student - 300, teacher + 300
     found = logit_kl(student, teacher, valid_columns=301)
-    expected = _expected(
-        student,
-        teacher,
-        torch.zeros(S, B, dtype=torch.int64),
-        torch.ones(4, S, B),
-        torch.ones(S, B),
-        1.0,
-    )[0][0]
+    expected = _expected(student, teacher, labels, upstream, torch.ones_like(mask), 1.0)[0][0]
     assert expected.mean() < 1e-3
     torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1e-7)
 
 
 @DTYPES
-def test_impossible_tokens(dtype):
-    student, teacher, labels, _, _ = _inputs(torch.seed() % 2**31, dtype, 5000)
+def test_impossible_tokens(dtype, device):
+    student, teacher, labels, upstream, mask = _inputs(
+        torch.seed() % 2**31, dtype, 5000, device=device
+    )
     student[..., 4990:] = teacher[..., 4990:] = -torch.inf
     teacher[0, 0, :4600] = -torch.inf  # a whole tile without the teacher
     student[1, 1, :4600] = teacher[1, 1, :4600] = -torch.inf  # and one without either
     student[2, 2, 7] = -torch.inf  # the teacher finds it possible
     labels = labels.clamp(4600, 4989)
-    expected, _ = _expected(student, teacher, labels, torch.ones(4, S, B), torch.ones(S, B), 1.0)
+    expected, _ = _expected(student, teacher, labels, upstream, torch.ones_like(mask), 1.0)
     x = student.clone().requires_grad_()
     found = logit_losses(x, teacher, valid_columns=5000, labels=labels, reverse=True)
     assert found.forward_kl[2, 2] == torch.inf
@@ -177,9 +177,10 @@ def test_impossible_tokens(dtype):
     assert x.grad[..., 4990:].count_nonzero() == 0
 
 
-def test_masked_tokens_alone():
-    student = torch.full((S, B, 33), torch.nan, requires_grad=True)
-    loss = logit_kl(student, student, valid_columns=33, loss_mask=torch.zeros(S, B))
+def test_masked_tokens_alone(device):
+    student = torch.full((S, B, 33), torch.nan, requires_grad=True, device=device)
+    mask = torch.zeros(S, B, device=device)
+    loss = logit_kl(student, student, valid_columns=33, loss_mask=mask)
     loss.sum().backward()
     assert loss.count_nonzero() == 0
     assert student.grad.count_nonzero() == 0
@@ -197,8 +198,8 @@ def test_power_of_the_temperature(dtype):
 
 @pytest.mark.parametrize("destination", ["student", "teacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_gradient_over_dead_logits(destination, dtype):
-    student, teacher, _, upstream, _ = _inputs(torch.seed() % 2**31, dtype, 4500)
+def test_gradient_over_dead_logits(destination, dtype, device):
+    student, teacher, _, upstream, _ = _inputs(torch.seed() % 2**31, dtype, 4500, device=device)
 
     def gradient(where):
         logits = {"student": student.clone(), "teacher": teacher.clone()}
@@ -222,16 +223,16 @@ def test_a_gradient_needs_room():
         )
 
 
-def test_strided_rows_and_mixed_dtypes():
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 700)
+def test_strided_rows_and_mixed_dtypes(device):
+    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 700, device=device)
     whole = logit_kl(student[..., 3:610].contiguous(), teacher[..., 3:610].bfloat16(),
                      valid_columns=600)  # fmt: skip
     strided = logit_kl(student[..., 3:610], teacher.bfloat16()[..., 3:610], valid_columns=600)
     assert torch.equal(whole, strided)
 
 
-def test_the_same_digits_every_time():
-    student, teacher, _, _, _ = _inputs(torch.seed() % 2**31, torch.float32, 9001)
+def test_the_same_digits_every_time(device):
+    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 9001, device=device)
     runs = []
     for _ in range(3):
         x = student.clone().requires_grad_()
@@ -243,8 +244,10 @@ def test_the_same_digits_every_time():
         assert torch.equal(grad, runs[0][1])
 
 
-def _op_arguments(dtype=torch.float32):
-    student, teacher, labels, upstream, mask = _inputs(torch.seed() % 2**31, dtype, 70)
+def _op_arguments(device="cpu"):
+    student, teacher, labels, upstream, mask = _inputs(
+        torch.seed() % 2**31, torch.float32, 70, device=device
+    )
     rows = (student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten(), mask.flatten() > 0)
     weights = upstream.flatten(1).contiguous()
     options = (66, 0, 1.3, True, True)
@@ -266,14 +269,14 @@ def _op_arguments(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", list(_op_arguments()))
-def test_ops_keep_the_contract_of_torch(name):
-    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments()[name])
+def test_ops_keep_the_contract_of_torch(name, device):
+    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments(device)[name])
 
 
 @pytest.mark.parametrize("name", [name for name in _op_arguments() if name != "logit_losses"])
 @pytest.mark.skipif(not library.extension_built, reason="the extension is not built")
-def test_kernels_equal_their_references(name):
-    arguments = _op_arguments()[name]
+def test_kernels_equal_their_references(name, device):
+    arguments = _op_arguments(device)[name]
     results = []
     for run in (
         getattr(torch.ops.minitron, name),
@@ -290,8 +293,8 @@ def test_kernels_equal_their_references(name):
 
 
 @pytest.mark.parametrize("destination", ["new", "student", "teacher"])
-def test_compiles_as_one_graph(destination):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 70)
+def test_compiles_as_one_graph(destination, device):
+    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 70, device=device)
 
     def loss(x, y):
         return logit_kl(x * 2, y + 1, valid_columns=66, gradient=destination).sum()

@@ -1,0 +1,49 @@
+"""The main job on one GPU, by NCCL, against the same on the CPU."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch.launcher import launch
+from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
+
+SIZES = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 3, "num_attention_heads": 4}
+TRAIN = (
+    *("--train.steps", 5, "--train.global_batch_size", 4, "--train.micro_batch_size", 2),
+    *("--train.lr", 0.01, "--train.min_lr", 0.001, "--train.warmup_steps", 1),
+)
+
+
+def _chain(root):
+    """Train a teacher, score, prune and distill it; every step's loss, and the scores."""
+    root.mkdir()
+    prefix = write_tokens(root / "tokens", 20 * SEQ_LENGTH + 1)
+    data = ("--data.path", prefix, "--data.seq_length", SEQ_LENGTH)
+    init = [part for k, v in SIZES.items() for part in (f"--model.init.{k}", v)]
+    vocabulary = ("--model.init.vocab_size", VOCAB)
+    launch("train", *init, *vocabulary, *data, *TRAIN, "--out", root / "teacher", cwd=root)
+    scores = ("--importance.samples", 10, "--out", root / "scores")
+    launch("importance", "--model", root / "teacher", *data, *scores, cwd=root)
+    source = ("--model", root / "teacher", "--scores", root / "scores")
+    sizes = ("--prune.ffn_hidden_size", 32, "--out", root / "pruned")
+    launch("prune", *source, *sizes, cwd=root)
+    models = ("--teacher", root / "teacher", "--student", root / "pruned")
+    launch("distill", *models, *data, *TRAIN, "--out", root / "student", cwd=root)
+    losses = []
+    for run in ("teacher", "student"):
+        lines = (root / run / "metrics.jsonl").read_text().splitlines()
+        losses += [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    return torch.tensor(losses), load_file(root / "scores" / "scores.safetensors")
+
+
+@pytest.mark.gpu
+def test_training_scores_and_distillation_equal_the_cpus(tmp_path, monkeypatch):
+    on_gpu = _chain(tmp_path / "gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    on_cpu = _chain(tmp_path / "cpu")
+    assert len(on_gpu[0]) == 10
+    torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=2e-3, atol=2e-3)
+    for name, scores in on_cpu[1].items():  # means and norms; variances magnify rounding
+        torch.testing.assert_close(on_gpu[1][name][:2, :2], scores[:2, :2], rtol=1e-2, atol=1e-3)
