@@ -47,13 +47,23 @@ __global__ void __launch_bounds__(kWarp* kWarps, 3)
     const int columns = static_cast<int>(min(x.columns - first, int64_t{kColumnsPerBlock}));
 
     Sums sums[kWidth];
+    const auto reader = [&](int64_t row) {
+        return RowReader<T>(static_cast<const T*>(x.data) + row * x.columns + first, columns);
+    };
+    const auto add_rows = [&](const auto& load) {
 #pragma unroll 4
-    for (int64_t row = row_block * kRowsPerBlock + warp; row < end; row += kWarps) {
-        const RowReader<T> reader(static_cast<const T*>(x.data) + row * x.columns + first, columns);
-        float values[kWidth];
-        unpack(reader.template load<true>(lane, 0.f), values);
+        for (int64_t row = row_block * kRowsPerBlock + warp; row < end; row += kWarps) {
+            float values[kWidth];
+            unpack(load(row), values);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) sums[i].add(values[i]);
+            for (int i = 0; i < kWidth; ++i) sums[i].add(values[i]);
+        }
+    };
+    // Rows that are all aligned are loaded without asking, so that four loads are under way.
+    if (reader(0).is_whole(lane) && is_aligned(static_cast<const T*>(x.data) + x.columns + first)) {
+        add_rows([&](int64_t row) { return reader(row).template load_whole<true>(lane); });
+    } else {
+        add_rows([&](int64_t row) { return reader(row).template load<true>(lane, 0.f); });
     }
 
     auto* const shared = reinterpret_cast<Sums*>(shared_memory());  // [kWarps, kColumnsPerBlock]

@@ -14,18 +14,18 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const RowReader<T> x(static_cast<const T*>(before.data) + start, columns);
     const RowReader<T> y(static_cast<const T*>(after) + start, columns);
     float sums[3] = {};  // x·y, x·x, y·y
-#pragma unroll 2
-    for (int index = threadIdx.x; index < x.packs(); index += blockDim.x) {
-        float u[kWidth], v[kWidth];
-        unpack(x.template load<true>(index, 0.f), u);
-        unpack(y.template load<true>(index, 0.f), v);
+    for_each_pair<true>(x, y, 0, x.packs(), 0.f,
+                        [&](int, const Pack<T>& first, const Pack<T>& second) {
+                            float u[kWidth], v[kWidth];
+                            unpack(first, u);
+                            unpack(second, v);
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-            sums[0] = fmaf(u[i], v[i], sums[0]);
-            sums[1] = fmaf(u[i], u[i], sums[1]);
-            sums[2] = fmaf(v[i], v[i], sums[2]);
-        }
-    }
+                            for (int i = 0; i < kWidth; ++i) {
+                                sums[0] = fmaf(u[i], v[i], sums[0]);
+                                sums[1] = fmaf(u[i], u[i], sums[1]);
+                                sums[2] = fmaf(v[i], v[i], sums[2]);
+                            }
+                        });
     sum_over_block(sums, reinterpret_cast<float*>(shared_memory()));
     if (threadIdx.x > 0) return;
     out[row] =

@@ -94,26 +94,58 @@ struct RowReader {
 
     __device__ int packs() const { return (columns + kWidth - 1) / kWidth; }
 
-    // Columns past the end are `fill`.
+    __device__ bool is_whole(int index) const {
+        return aligned && columns - index * kWidth >= kWidth;
+    }
+
+    // A piece for which is_whole().
+    template <bool kLast>
+    __device__ Pack<T> load_whole(int index) const {
+        Pack<T> result;
+        constexpr int kQuads = sizeof(result.quads) / sizeof(uint4);
+        const uint4* const from =
+            reinterpret_cast<const uint4*>(data + static_cast<int64_t>(index) * kWidth);
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) result.quads[i] = kLast ? __ldcs(from + i) : from[i];
+        return result;
+    }
+
+    // Any piece; columns past the end are `fill`.
     template <bool kLast>
     __device__ Pack<T> load(int index, float fill) const {
+        if (is_whole(index)) return load_whole<kLast>(index);
         const T* const from = data + static_cast<int64_t>(index) * kWidth;
-        const int count = columns - index * kWidth;
-        Pack<T> result;
-        if (aligned && count >= kWidth) {
-            constexpr int kQuads = sizeof(result.quads) / sizeof(uint4);
-            const uint4* const quads = reinterpret_cast<const uint4*>(from);
-#pragma unroll
-            for (int i = 0; i < kQuads; ++i) result.quads[i] = kLast ? __ldcs(quads + i) : quads[i];
-            return result;
-        }
         float values[kWidth];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) values[i] = i < count ? widen(from[i]) : fill;
+        for (int i = 0; i < kWidth; ++i) {
+            values[i] = index * kWidth + i < columns ? widen(from[i]) : fill;
+        }
+        Pack<T> result;
         pack(values, result);
         return result;
     }
 };
+
+// Calls f(index, a, b) for this thread's pieces among [begin, end) of two rows. The next pieces are
+// on their way while one is worked on.
+template <bool kLast, typename A, typename B, typename F>
+__device__ void for_each_pair(const RowReader<A>& first, const RowReader<B>& second, int begin,
+                              int end, float fill, const F& f) {
+    Pack<A> a = {};
+    Pack<B> b = {};
+    const auto fetch = [&](int index) {
+        if (index >= end) return;
+        a = first.template load<kLast>(index, fill);
+        b = second.template load<kLast>(index, fill);
+    };
+    fetch(begin + threadIdx.x);
+    for (int index = begin + threadIdx.x; index < end; index += blockDim.x) {
+        const Pack<A> x = a;
+        const Pack<B> y = b;
+        fetch(index + blockDim.x);
+        f(index, x, y);
+    }
+}
 
 // A row of which pieces are written, past the caches where it is aligned.
 template <typename T>

@@ -42,31 +42,21 @@ __device__ int label_column(const LogitKLArguments& args, int64_t row) {
     return column >= 0 && column < args.columns ? static_cast<int>(column) : -1;
 }
 
-// This thread's part of the statistics of the pieces [begin, end). The next pieces are on their way
-// while one is worked on; keep(index, student, teacher) sees each.
+// This thread's part of the statistics of the pieces [begin, end); keep(index, student, teacher)
+// sees each.
 template <bool kAll, bool kLast, typename S, typename T, typename Keep>
 __device__ KLStatistics sweep(const LogitReader<S, T>& logits, int begin, int end,
                               float temperature, const Keep& keep) {
     const float scale = kLog2E / temperature;
     KLStatistics r = kl_neutral();
-    Pack<S> student = {};
-    Pack<T> teacher = {};
-    const auto fetch = [&](int index) {
-        if (index >= end) return;
-        student = logits.student.template load<kLast>(index, -INFINITY);
-        teacher = logits.teacher.template load<kLast>(index, -INFINITY);
-    };
-    fetch(begin + threadIdx.x);
-    for (int index = begin + threadIdx.x; index < end; index += blockDim.x) {
-        keep(index, student, teacher);
-        const Pack<S> s = student;
-        const Pack<T> t = teacher;
-        fetch(index + blockDim.x);
-        float x[kWidth], y[kWidth];
-        unpack(s, x);
-        unpack(t, y);
-        kl_add<kAll>(r, x, y, scale);
-    }
+    for_each_pair<kLast>(logits.student, logits.teacher, begin, end, -INFINITY,
+                         [&](int index, const Pack<S>& student, const Pack<T>& teacher) {
+                             keep(index, student, teacher);
+                             float x[kWidth], y[kWidth];
+                             unpack(student, x);
+                             unpack(teacher, y);
+                             kl_add<kAll>(r, x, y, scale);
+                         });
     return kl_finish<kAll>(r, temperature);
 }
 
@@ -173,11 +163,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const RowWriter<S> writer(to, columns);
     const auto g = row_gradient(merged[row], args, out, row);
     const int label = label_column(args, row);
-    for (int index = threadIdx.x; index < logits.student.packs(); index += blockDim.x) {
-        const auto student = logits.student.template load<true>(index, -INFINITY);
-        const auto teacher = logits.teacher.template load<true>(index, -INFINITY);
-        write_gradient<kAll>(writer, index, student, teacher, g, label);
-    }
+    for_each_pair<true>(logits.student, logits.teacher, 0, logits.student.packs(), -INFINITY,
+                        [&](int index, const Pack<S>& student, const Pack<T>& teacher) {
+                            write_gradient<kAll>(writer, index, student, teacher, g, label);
+                        });
     zero(to, columns, columns + padding);
 }
 
@@ -206,11 +195,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (threadIdx.x == 0) statistics[row] = r;
     const auto g = row_gradient(r, args, out, row);
     const RowWriter<S> writer(to, columns);
-    for (int index = threadIdx.x; index < packs; index += blockDim.x) {
-        const auto student = logits.student.template load<true>(index, -INFINITY);
-        const auto teacher = logits.teacher.template load<true>(index, -INFINITY);
-        write_gradient<kAll>(writer, index, student, teacher, g, label);
-    }
+    for_each_pair<true>(logits.student, logits.teacher, 0, packs, -INFINITY,
+                        [&](int index, const Pack<S>& student, const Pack<T>& teacher) {
+                            write_gradient<kAll>(writer, index, student, teacher, g, label);
+                        });
     zero(to, columns, columns + padding);
 }
 
@@ -310,8 +298,7 @@ cudaError_t resident_grid(Kernel* kernel, const LogitKLArguments& args, int64_t 
     int cluster = 1;  // two blocks to a multiprocessor, so that one loads while the other stores
     while (cluster < kMostBlocks && bytes(cluster) > limit / 2 - 1024) cluster *= 2;
     if (bytes(cluster) > limit) return cudaSuccess;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(bytes(cluster)));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (error != cudaSuccess) return error;
 
     const Grid wanted = {tokens * cluster, threads_for(args.columns / cluster),

@@ -45,5 +45,6 @@ def test_training_scores_and_distillation_equal_the_cpus(tmp_path, monkeypatch):
     on_cpu = _chain(tmp_path / "cpu")
     assert len(on_gpu[0]) == 10
     torch.testing.assert_close(on_gpu[0], on_cpu[0], rtol=2e-3, atol=2e-3)
-    for name, scores in on_cpu[1].items():  # means and norms; variances magnify rounding
-        torch.testing.assert_close(on_gpu[1][name][:2, :2], scores[:2, :2], rtol=1e-2, atol=1e-3)
+    for name, scores in on_cpu[1].items():
+        kept = (slice(2), slice(2)) if scores.ndim > 2 else ...  # variances magnify rounding
+        torch.testing.assert_close(on_gpu[1][name][kept], scores[kept], rtol=1e-2, atol=1e-3)
