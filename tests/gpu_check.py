@@ -27,7 +27,7 @@ def main() -> None:
     environment.pop("MINITRON_BUILD_EXT", None)
     for step in (
         ("setup.py", "-q", "build_ext", "--inplace"),
-        ("-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *TESTS),
+        ("-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *TESTS),
         ("-m", "tests.bench", "--device", "cuda"),
     ):
         start = time.monotonic()

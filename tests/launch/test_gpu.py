@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch.launcher import launch
-from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
+
+runs = pytest.importorskip("tests.runs")  # needs megatron-core
+pytest.importorskip("jsonargparse")
 
 SIZES = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 3, "num_attention_heads": 4}
 TRAIN = (
@@ -19,10 +21,10 @@ TRAIN = (
 def _chain(root):
     """Train a teacher, score, prune and distill it; every step's loss, and the scores."""
     root.mkdir()
-    prefix = write_tokens(root / "tokens", 20 * SEQ_LENGTH + 1)
-    data = ("--data.path", prefix, "--data.seq_length", SEQ_LENGTH)
+    prefix = runs.write_tokens(root / "tokens", 20 * runs.SEQ_LENGTH + 1)
+    data = ("--data.path", prefix, "--data.seq_length", runs.SEQ_LENGTH)
     init = [part for k, v in SIZES.items() for part in (f"--model.init.{k}", v)]
-    vocabulary = ("--model.init.vocab_size", VOCAB)
+    vocabulary = ("--model.init.vocab_size", runs.VOCAB)
     launch("train", *init, *vocabulary, *data, *TRAIN, "--out", root / "teacher", cwd=root)
     scores = ("--importance.samples", 10, "--out", root / "scores")
     launch("importance", "--model", root / "teacher", *data, *scores, cwd=root)
