@@ -1,7 +1,7 @@
 """The CUDA kernels on a CPU: the tests of the ops, run on emulation/'s coroutines.
 
 g++ compiles kernels and bindings as they are, but that `CUDA` becomes `CPU` where they are
-registered and that streams are left out. What this cannot see: races between threads that no
+registered and that streams are left out. What this cannot see: most races between threads that no
 barrier separates, what the compiler for the GPU makes of the code, and speed.
 """
 
@@ -52,15 +52,22 @@ def emulated(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize(
-    "shared_bytes", [232448, 40000, 12000, 2000], ids=["one block", "2 and 4", "8", "two sweeps"]
-)
-def test_ops(emulated, shared_bytes):
-    """With memory for whole rows, for parts of them in clusters, or for none."""
+def run(directory, *selected, **environment):
     tests = [f"tests/ops/test_{op}.py" for op in OPS]
-    selected = [] if shared_bytes == 232448 else ["-k", "fused or dead_logits or kernels_equal"]
-    building.python_in(
-        emulated,
-        *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, *selected),
-        EMULATED_SHARED_BYTES=str(shared_bytes),
-    )
+    options = ("-q", "-x", "-p", "no:cacheprovider")
+    building.python_in(directory, "-m", "pytest", *options, *tests, *selected, **environment)
+
+
+def test_ops(emulated):
+    run(emulated)
+
+
+@pytest.mark.parametrize("shared_bytes", [40000, 12000, 2000], ids=["2 and 4", "8", "none"])
+def test_clusters(emulated, shared_bytes):
+    """Rows that only so many blocks together can hold, or that stay where they are."""
+    selected = "fused or dead_logits or kernels_equal"
+    run(emulated, "-k", selected, EMULATED_SHARED_BYTES=str(shared_bytes))
+
+
+def test_the_last_thread_first(emulated):
+    run(emulated, "-k", "not distributed and not ranks and not sharded", EMULATED_BACKWARDS="1")

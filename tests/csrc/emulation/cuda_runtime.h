@@ -3,8 +3,9 @@
 //
 // A block is a thread of the operating system, so that `__shared__` can be `thread_local`; its CUDA
 // threads are coroutines in it, which take turns at barriers. The blocks of a cluster run together,
-// clusters one after the other. Shared memory starts out as NaNs. What ends the process: threads
-// that wait at different barriers, and a launch that asks for more than was arranged.
+// clusters one after the other. Shared memory starts out as NaNs. EMULATED_BACKWARDS lets the last
+// thread go first, for which a missing barrier is another. What ends the process: threads that wait
+// at different barriers, and a launch that asks for more than was arranged.
 
 #pragma once
 
@@ -97,14 +98,15 @@ class Block {
         finished_.assign(threads, false);
         body_ = [](void* f) { (*static_cast<const F*>(f))(); };
         argument_ = const_cast<F*>(&f);
+        const bool backwards = std::getenv("EMULATED_BACKWARDS");
         for (int left = threads; left > 0;) {
             progress = false;
-            for (int thread = 0; thread < threads; ++thread) {
+            for (int turn = 0; turn < threads; ++turn) {
+                const int thread = backwards ? threads - 1 - turn : turn;
                 if (finished_[thread]) continue;
                 threadIdx = dim3(thread);
                 if (_setjmp(scheduler_)) {  // the thread waits, or has finished
-                    left -= finished_[threadIdx.x];
-                    thread = static_cast<int>(threadIdx.x);
+                    left -= finished_[thread];
                     continue;
                 }
                 if (started[thread]) _longjmp(resume_[thread], 1);
