@@ -115,6 +115,20 @@ def test_a_run_that_the_store_does_not_fit_is_one_line(root, forked, arguments, 
     assert not (root / "fitting").exists()
 
 
+def test_a_block_that_was_damaged_meanwhile_ends_the_run_in_one_line(root, forked):
+    part = ("--cache.top_k", 3, "--cache.max_samples", 8, "--out", "damaged")
+    assert forked("cache_logits", *CACHE, *part, cwd=root).status == 0
+    shard = root / "damaged" / SHARDS / "00005.bin"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    fitting = ("--teacher.logits", "damaged", *TRAIN, "--train.steps", 2, "--out", "cut_short")
+    result = forked("distill", *fitting, cwd=root)
+    assert result.status == 2
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert "00005.bin is damaged: sample 0 in it (counted from 0) does not match its" in line
+
+
 def test_a_run_that_the_store_fits_learns(root, forked):
     part = ("--cache.draws", 9, "--cache.max_samples", 8, "--out", "first")
     assert forked("cache_logits", *CACHE, *part, cwd=root).status == 0
