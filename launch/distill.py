@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron import artifact, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
+from minitron.distill.intermediate import IntermediateDistillation
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
@@ -82,9 +84,15 @@ def main(recipe: Recipe) -> None:
     )
     student_arch, student_weights = open_model(student_path)
     check_parallel(student_arch, recipe.parallel)
+    intermediate = recipe.distill.intermediate
     student_arch.check_seq_length(recipe.data.seq_length)
     store = None if recipe.teacher.logits is None else LogitStore(recipe.teacher.logits)
     if store is not None:
+        if intermediate.states:
+            raise MinitronError(
+                f"{teacher_path} holds no states for distill.intermediate.states="
+                f"{intermediate.states}; leave them out or give --teacher.path"
+            )
         tokenizer = find_tokenizer(student_path)
         store.check(
             tokenizer=tokenizer.fingerprint if tokenizer else None,
@@ -98,6 +106,7 @@ def main(recipe: Recipe) -> None:
         teacher_topology = recipe.teacher.topology(topology, teacher_arch.num_layers)
         check_parallel(teacher_arch, teacher_topology.config)
         teacher_arch.check_seq_length(recipe.data.seq_length)
+        intermediate.pairs(student_arch, teacher_arch)
     batches, validation = open_batches(
         recipe.data,
         recipe.train,
@@ -107,6 +116,12 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
+    build = functools.partial(
+        build_llama,
+        dtype=dtype,
+        transformer_impl="local" if intermediate.states else "auto",
+    )
+    student = build(student_arch, topology, student_weights, recompute=recipe.train.recompute)
     objective: Objective
     if store is not None:
         count = recipe.train.steps * recipe.train.global_batch_size
@@ -114,11 +129,12 @@ def main(recipe: Recipe) -> None:
         stored = StoredTeacher(store, is_last_stage=topology.is_last_stage)
         objective = StoredDistillation(stored, recipe.distill)
     else:
-        model = build_llama(teacher_arch, teacher_topology, teacher_weights, dtype=dtype)
+        model = build(teacher_arch, teacher_topology, teacher_weights)
         objective = LogitDistillation(Teacher(model, recipe.teacher), recipe.distill)
-    student = build_llama(
-        student_arch, topology, student_weights, dtype=dtype, recompute=recipe.train.recompute
-    )
+        if intermediate.states:
+            objective = IntermediateDistillation(
+                objective, student, model, intermediate, seed=recipe.seed
+            )
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=tokenizer)
     open_run(recipe)
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)

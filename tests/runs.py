@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from minitron.data.batches import (
     open_train,
     open_windows,
 )
+from minitron.distill.intermediate import IntermediateConfig, IntermediateDistillation
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.model.llama import LlamaModel, build_llama
@@ -107,6 +108,7 @@ class Run:
     out: Path
     train: TrainConfig
     teacher: TeacherConfig | None = None
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     valid: Path | None = None
     precision: Precision = "fp32"
     seq_length: int = SEQ_LENGTH
@@ -129,17 +131,23 @@ def open_batches(run: Run, *, rank: int = 0, size: int = 1) -> MaskedBatches:
     return batches
 
 
-def build_model(path: Path, topology: Topology, precision: Precision = "fp32") -> LlamaModel:
+def build_model(
+    path: Path, topology: Topology, precision: Precision = "fp32", **options: Any
+) -> LlamaModel:
     """This rank's part of a model directory."""
     arch, weights = open_model(path)
-    return build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
+    return build_llama(arch, topology, weights, dtype=platform.DTYPES[precision], **options)
 
 
-def build_objective(run: Run, topology: Topology) -> Objective:
+def build_objective(run: Run, student: LlamaModel) -> Objective:
     """The loss of a run."""
     if run.teacher is None:
         return LanguageModeling()
-    return LogitDistillation(build_teacher(run.teacher, topology, run.precision), DistillConfig())
+    teacher = build_teacher(run.teacher, student.topology, run.precision)
+    objective = LogitDistillation(teacher, DistillConfig())
+    if not run.intermediate.states:
+        return objective
+    return IntermediateDistillation(objective, student, teacher.model, run.intermediate, seed=SEED)
 
 
 def build_teacher(
@@ -163,10 +171,10 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         **ranks,
     )
     on_rank_zero(lambda: (run.out / "model").mkdir(parents=True, exist_ok=True))
-    model = build_model(run.model, topology, run.precision)
+    model = build_model(run.model, topology, run.precision, recompute=run.train.recompute)
     trainer = Trainer(
         model,
-        build_objective(run, topology),
+        build_objective(run, model),
         open_batches(run, rank=topology.dp_rank, size=topology.dp_size),
         validation,
         run.train,

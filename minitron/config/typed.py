@@ -95,4 +95,6 @@ def _metavar(hint: Any) -> str:
         return "{" + ",".join(map(str, args)) + "}"
     if origin in (list, tuple):
         return _metavar(args[0])
+    if origin is not None:
+        return "VALUE"
     return {str: "TEXT", bool: "[BOOL]"}.get(hint, getattr(hint, "__name__", "VALUE").upper())

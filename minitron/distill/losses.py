@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from minitron.data.batches import Batch
+from minitron.distill.intermediate import IntermediateConfig
 from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
@@ -20,6 +21,8 @@ class DistillConfig:
 
     temperature: float = 1.0
     """Divides the logits of both; the loss is not multiplied by any power of it."""
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
+    """Losses between states inside the models, added to that of the logits."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -65,6 +68,10 @@ class LogitDistillation:
         losses = self._losses(model, hidden, batch, index, labels=batch.labels.t())
         assert losses.cross_entropy is not None
         return {"val_loss": losses.cross_entropy, "val_kl": losses.forward_kl}
+
+    def finish(self, losses: dict[str, float]) -> dict[str, float]:
+        """The means as they are."""
+        return losses
 
     def _losses(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, labels: Tensor | None

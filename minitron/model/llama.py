@@ -47,6 +47,8 @@ class LlamaModel(GPTModel):
 
     arch: Architecture
     topology: Topology
+    companion: torch.nn.Module
+    """Trained and saved in checkpoints with the model, no part of it; absent unless given to it."""
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # GPTModel goes on to the logits and the loss here; see the module docstring.

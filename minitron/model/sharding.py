@@ -81,6 +81,8 @@ def packed_parameters(
         "output_layer.weight": Packing((hf.EMBEDDING if tied else hf.LM_HEAD,), 0),
     }
     for name, parameter in model.named_parameters():
+        if name.startswith("companion."):
+            continue
         match = _LAYER_PARAMETER.fullmatch(name)
         if match is None:
             yield parameter, outer[name]

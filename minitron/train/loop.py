@@ -178,6 +178,7 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         losses = means.reduce()
         losses.pop("tokens")
+        losses = self.objective.finish(losses)
         if not (math.isfinite(losses[minimised]) and math.isfinite(grad_norm)):
             raise MinitronError(
                 f"at step {self.step} the loss is {losses[minimised]:g} and the gradient norm "

@@ -40,6 +40,10 @@ class Objective(Protocol):
         """The same for a held-out micro-batch, without gradients."""
         ...
 
+    def finish(self, losses: dict[str, float]) -> dict[str, float]:
+        """Called on every rank after a step with the means of `training`; what to log of them."""
+        ...
+
 
 class LanguageModeling:
     """Next-token cross-entropy: pre-training, teacher correction."""
@@ -65,6 +69,10 @@ class LanguageModeling:
     ) -> dict[str, Tensor]:
         """The cross-entropy as `val_loss`, [s, b]."""
         return {"val_loss": language_modeling_loss(model, model.logits(hidden), batch)}
+
+    def finish(self, losses: dict[str, float]) -> dict[str, float]:
+        """The means as they are."""
+        return losses
 
 
 def language_modeling_loss(model: LlamaModel, logits: Tensor, batch: Batch) -> Tensor:
