@@ -9,6 +9,7 @@ from pathlib import Path
 from minitron import artifact, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
+from minitron.distill.gates import check_start, check_weights, shared_vocab_size
 from minitron.distill.intermediate import IntermediateDistillation
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.offline.objective import StoredDistillation
@@ -16,8 +17,7 @@ from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
-from minitron.model.arch import Architecture
-from minitron.model.llama import build_llama, check_parallel
+from minitron.model.llama import build_llama, check_parallel, padded_vocab_size
 from minitron.model.sharding import open_model
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.platform import Precision
@@ -87,6 +87,7 @@ def main(recipe: Recipe) -> None:
     intermediate = recipe.distill.intermediate
     student_arch.check_seq_length(recipe.data.seq_length)
     store = None if recipe.teacher.logits is None else LogitStore(recipe.teacher.logits)
+    vocab_size = largest_vocab = student_arch.vocab_size
     if store is not None:
         if intermediate.states:
             raise MinitronError(
@@ -102,7 +103,9 @@ def main(recipe: Recipe) -> None:
         )
     else:
         teacher_arch, teacher_weights = open_model(teacher_path)
-        tokenizer = _shared_tokenizer(recipe, teacher_arch, student_arch)
+        tokenizer = _shared_tokenizer(recipe)
+        vocab_size = shared_vocab_size(teacher_arch, student_arch, tokenizer)
+        largest_vocab = max(teacher_arch.vocab_size, student_arch.vocab_size)
         teacher_topology = recipe.teacher.topology(topology, teacher_arch.num_layers)
         check_parallel(teacher_arch, teacher_topology.config)
         teacher_arch.check_seq_length(recipe.data.seq_length)
@@ -112,16 +115,19 @@ def main(recipe: Recipe) -> None:
         recipe.train,
         topology,
         tokenizer=tokenizer,
-        vocab_size=student_arch.vocab_size,
+        vocab_size=vocab_size,
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
+    rows = padded_vocab_size(largest_vocab, topology.tp_size)
     build = functools.partial(
         build_llama,
         dtype=dtype,
         transformer_impl="local" if intermediate.states else "auto",
+        padded_vocab=rows,
     )
     student = build(student_arch, topology, student_weights, recompute=recipe.train.recompute)
+    check_weights(student, student_path)
     objective: Objective
     if store is not None:
         count = recipe.train.steps * recipe.train.global_batch_size
@@ -130,7 +136,10 @@ def main(recipe: Recipe) -> None:
         objective = StoredDistillation(stored, recipe.distill)
     else:
         model = build(teacher_arch, teacher_topology, teacher_weights)
-        objective = LogitDistillation(Teacher(model, recipe.teacher), recipe.distill)
+        check_weights(model, teacher_path)
+        teacher = Teacher(model, recipe.teacher)
+        check_start(teacher, student, next(batches.microbatches(0)))
+        objective = LogitDistillation(teacher, recipe.distill)
         if intermediate.states:
             objective = IntermediateDistillation(
                 objective, student, model, intermediate, seed=recipe.seed
@@ -145,20 +154,12 @@ def main(recipe: Recipe) -> None:
     finish_run(recipe, student, stage="distill", parents=parents, metrics=metrics, files=files)
 
 
-def _shared_tokenizer(
-    recipe: Recipe, teacher: Architecture, student: Architecture
-) -> Tokenizer | None:
-    """The tokenizer of both models; None where only one of them or neither has one.
+def _shared_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """The tokenizer of both models, of the one that brings it, or None.
 
     Raises:
-        MinitronError: the models do not speak of the same tokens.
+        MinitronError: the models speak of other tokens.
     """
-    if teacher.vocab_size != student.vocab_size:
-        raise MinitronError(
-            f"the teacher's vocabulary has {teacher.vocab_size} tokens, the student's "
-            f"{student.vocab_size}; distillation compares token by token: give a student pruned "
-            "from this teacher"
-        )
     of_teacher = find_tokenizer(recipe.teacher.source)
     of_student = find_tokenizer(recipe.student.path)
     if of_teacher and of_student and of_teacher.fingerprint != of_student.fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,7 +40,11 @@ def masked_mean(losses: Tensor, batch: Batch) -> Tensor:
 
 def global_batch(run: Run, first: int) -> Batch:
     """All samples of a step, from sample `first` on, as one batch."""
-    parts = list(open_batches(run).microbatches(first))
+    return concatenate(list(open_batches(run).microbatches(first)))
+
+
+def concatenate(parts: Sequence[Batch]) -> Batch:
+    """Micro-batches as one batch."""
     return Batch(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 

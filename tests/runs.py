@@ -73,9 +73,9 @@ def run_on(topology: str, function: Callable[..., Any], *args: Any) -> list[Any]
     return run_distributed(function, world_size, config, *args)
 
 
-def write_tokens(prefix: Path, count: int, *, seed: int = 0) -> Path:
-    """Write random tokens with megatron-core's builder; returns the prefix of the pair."""
-    tokens = np.random.default_rng(seed).integers(VOCAB, size=count)
+def write_tokens(prefix: Path, count: int, *, seed: int = 0, repeat: int = 1) -> Path:
+    """Write random tokens, each several times, with megatron-core's builder; returns the prefix."""
+    tokens = np.random.default_rng(seed).integers(VOCAB, size=count).repeat(repeat)[:count]
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     builder.add_document(tokens, [count])
     builder.finalize(f"{prefix}.idx")

@@ -29,6 +29,11 @@ class DistillConfig:
             raise MinitronError(f"distill.temperature={self.temperature} must be positive")
 
 
+def shared_columns(student: LlamaModel, teacher: LlamaModel) -> int:
+    """Columns of this rank's logits that stand for a token in both models."""
+    return min(student.valid_columns, teacher.valid_columns)
+
+
 class LogitDistillation:
     """Forward KL(teacher || student) over the whole vocabulary, without a language-model term.
 
@@ -82,7 +87,7 @@ class LogitDistillation:
             self._teacher.take(index),
             self._teacher.model.head,
             token_weights=batch.loss_mask.t(),
-            valid_columns=model.valid_columns,
+            valid_columns=shared_columns(model, self._teacher.model),
             labels=labels,
             temperature=self._config.temperature,
             sequence_parallel=model.config.sequence_parallel,

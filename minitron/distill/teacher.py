@@ -44,6 +44,8 @@ class TeacherConfig:
     pipeline stage. The result is the same for all."""
     layers_per_stage: list[int] | None = None
     """Teacher layers of each pipeline stage; null spreads them evenly."""
+    allow_untrained: bool = False
+    """Learn even from a teacher that predicts the training data no better than chance."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.logits is None):
@@ -82,13 +84,13 @@ class Teacher:
 
     def __init__(self, model: LlamaModel, config: TeacherConfig) -> None:
         self.model = freeze(model)
-        self._config = config
+        self.config = config
         self._hidden: dict[int, Tensor] = {}
 
     def window(self, microbatches: Sequence[Batch]) -> int:
         """Micro-batches of a step to `run` at a time."""
-        if self._config.window is not None:
-            return self._config.window
+        if self.config.window is not None:
+            return self.config.window
         model = self.model.config
         size = microbatches[0].tokens.numel() * model.hidden_size * model.params_dtype.itemsize
         if model.sequence_parallel:

@@ -129,6 +129,7 @@ def build_llama(
     dtype: torch.dtype,
     transformer_impl: Literal["auto", "local"] = "auto",
     recompute: Recompute = "none",
+    padded_vocab: int | None = None,
 ) -> LlamaModel:
     """Build this rank's part of a Llama on its device and read its slices of the weights.
 
@@ -141,6 +142,7 @@ def build_llama(
         transformer_impl: `auto` takes Transformer Engine's layers where they work, `local` always
             takes the plain ones, whose norms can be hooked.
         recompute: activations to recompute in backward: none, attention's, or whole layers.
+        padded_vocab: rows of the embedding table inside the model; None for the least that does.
 
     Raises:
         MinitronError: the sizes do not divide, or a tensor is missing or damaged.
@@ -154,7 +156,7 @@ def build_llama(
     model = LlamaModel(
         config,
         spec,
-        vocab_size=padded_vocab_size(arch.vocab_size, topology.tp_size),
+        vocab_size=padded_vocab or padded_vocab_size(arch.vocab_size, topology.tp_size),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=topology.is_first_stage,
         post_process=topology.is_last_stage,

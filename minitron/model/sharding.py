@@ -257,3 +257,30 @@ def _unpack(shards: list[Tensor], arch: Architecture, packing: Packing) -> dict[
         name: torch.cat([rows for _, rows in sorted(parts.items(), key=lambda item: item[0])])
         for name, parts in zip(packing.sources, pieces, strict=True)
     }
+
+
+def faulty_tensors(model: LlamaModel) -> list[str]:
+    """What is wrong with the weights, by tensor: not finite, or a matrix of nothing but zeros.
+
+    Every rank looks at its own part; all ranks get what all have found.
+    """
+    arch, topology = model.arch, model.topology
+    found = []
+    for parameter, packing in packed_parameters(model, arch):
+        rows = [parameter.size(0)]
+        if packing.partition_dim == 0:
+            rank, size = topology.tp_rank, topology.tp_size
+            segments = row_segments(arch, packing, parameter.size(0), rank, size)
+            rows = [segment.stop - segment.start for segment in segments]
+            sources = [packing.sources[segment.source] for segment in segments]
+        else:
+            sources = list(packing.sources)
+        parts = parameter.detach()[: sum(rows)].split(rows)
+        for name, part in zip(sources, parts, strict=True):
+            if not part.isfinite().all():
+                found.append(f"{name} holds NaN or infinity")
+            elif part.dim() > 1 and not part.any():
+                found.append(f"{name} is all zeros")
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, found)
+    return sorted({fault for faults in gathered for fault in faults})

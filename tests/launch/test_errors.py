@@ -208,7 +208,7 @@ MISTAKES = {
     "other vocabulary": (
         "distill",
         ("--teacher", "model", "--student", "wide", *DATA),
-        "the teacher's vocabulary has 61 tokens, the student's 99; .* give a student pruned from",
+        "the teacher's vocabulary has 61 tokens, the student's 99, .* give a student pruned from",
     ),
     "no teacher": ("distill", DISTILL[2:], "give either .* --teacher.logits; neither was given"),
     "two teachers": ("distill", (*DISTILL, "--teacher.logits", "no"), ".*logits; both were given"),

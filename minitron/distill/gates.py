@@ -1,0 +1,129 @@
+"""What a distillation makes sure of before its first step.
+
+A run against a teacher whose weights were not all there, or that reads another vocabulary, looks
+like any other: its loss falls, for as many GPU hours as it is given. Each check costs seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from minitron.data.batches import Batch
+from minitron.data.tokenizer import Tokenizer
+from minitron.distill.losses import shared_columns
+from minitron.distill.teacher import Teacher
+from minitron.errors import MinitronError
+from minitron.eval.perplexity import evaluate
+from minitron.metrics import log
+from minitron.model.arch import Architecture
+from minitron.model.llama import LlamaModel
+from minitron.model.sharding import faulty_tensors
+from minitron.ops.linear_kl import LinearKL, linear_kl
+
+# A teacher that has learnt anything is better than chance by more than this, in nats a token; one
+# of zeros or noise is not.
+_LEAST_GAIN = 0.05
+
+
+def shared_vocab_size(
+    teacher: Architecture, student: Architecture, tokenizer: Tokenizer | None
+) -> int:
+    """Tokens that both models know, where one's table may be padded further than the other's.
+
+    Args:
+        teacher: its shape.
+        student: its shape.
+        tokenizer: of both, if they have one.
+
+    Raises:
+        MinitronError: the larger table holds more than padding, as far as anybody can tell.
+    """
+    sizes = teacher.vocab_size, student.vocab_size
+    if sizes[0] == sizes[1]:
+        return sizes[0]
+    if tokenizer is not None and tokenizer.vocab_size <= min(sizes):
+        return min(sizes)
+    known = "neither brings a tokenizer that could tell which rows are padding"
+    if tokenizer is not None:
+        known = f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size}"
+    raise MinitronError(
+        f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}, and {known}; "
+        "distillation compares token by token: give a student pruned from this teacher"
+    )
+
+
+def check_weights(model: LlamaModel, path: Path) -> None:
+    """Refuse a model that holds NaN, infinity, or matrices of zeros; call on all ranks.
+
+    Args:
+        model: this rank's part.
+        path: where it comes from.
+
+    Raises:
+        MinitronError: with the first tensors that do.
+    """
+    faults = faulty_tensors(model)
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise MinitronError(
+            f"the weights of {path} are damaged: {', '.join(faults[:3])}{more}; "
+            "write them anew, or give another model"
+        )
+
+
+def check_start(teacher: Teacher, student: LlamaModel, batch: Batch) -> None:
+    """Log both models' losses on a first micro-batch, and refuse a teacher no better than chance.
+
+    Args:
+        teacher: with its model.
+        student: this rank's part.
+        batch: this rank's first micro-batch of training data.
+
+    Raises:
+        MinitronError: the teacher predicts the data no better than chance.
+    """
+
+    def losses(model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> dict[str, Tensor]:
+        states, head = teacher.take(index), teacher.model.head
+
+        def compare(hidden: Tensor, own_head: Tensor) -> LinearKL:
+            return linear_kl(
+                hidden,
+                own_head,
+                states,
+                head,
+                token_weights=batch.loss_mask.t(),
+                valid_columns=shared_columns(student, teacher.model),
+                labels=batch.labels.t(),
+                sequence_parallel=model.config.sequence_parallel,
+                tp_group=model.topology.groups.tp,
+            )
+
+        of_student, of_teacher = compare(hidden, model.head), compare(states, head)
+        assert of_student.cross_entropy is not None
+        assert of_teacher.cross_entropy is not None
+        return {
+            "teacher": of_teacher.cross_entropy,
+            "student": of_student.cross_entropy,
+            "kl": of_student.forward_kl,
+        }
+
+    names = ("teacher", "student", "kl")
+    means = evaluate(student, [batch], losses, names, prepare=teacher.run)
+    log(
+        "before the first step, in nats a token: "
+        f"teacher's loss {means['teacher']:.4f}, student's loss {means['student']:.4f}, "
+        f"KL between them {means['kl']:.4f}"
+    )
+    vocab_size = teacher.model.arch.vocab_size
+    chance = math.log(vocab_size)
+    if not teacher.config.allow_untrained and not means["teacher"] < chance - _LEAST_GAIN:
+        raise MinitronError(
+            f"the teacher predicts the training data no better than chance: its loss is "
+            f"{means['teacher']:.2f} nats a token, that of guessing among {vocab_size} tokens "
+            f"{chance:.2f}; check that it is the right model for this data, or add "
+            "--teacher.allow_untrained"
+        )

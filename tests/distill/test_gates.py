@@ -1,0 +1,222 @@
+"""What a distillation refuses before its first step, and what it says of the two models."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from minitron.distill import gates
+from minitron.distill.losses import DistillConfig, LogitDistillation
+from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.errors import MinitronError
+from minitron.metrics import read_metrics
+from minitron.model import hf
+from minitron.model.llama import padded_vocab_size
+from minitron.parallel import initialize
+from minitron.train.config import TrainConfig
+from minitron.train.loop import Trainer
+from tests import reference
+from tests.runs import (
+    SEQ_LENGTH,
+    VOCAB,
+    Run,
+    build_model,
+    build_teacher,
+    load_tensors,
+    open_batches,
+    run_on,
+    save_gradients,
+    write_tokens,
+)
+from tests.tiny import random_llama, save_llama, tiny_config
+
+TOKENIZER = SimpleNamespace(vocab_size=70, path="t.model")
+CONFIG = TrainConfig(
+    steps=1, lr=0.0, clip_grad=0.0, global_batch_size=4, micro_batch_size=2, checkpoint_interval=0
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher that expects each token again, as the data has it, and random students."""
+    root = tmp_path_factory.mktemp("models")
+    teacher = random_llama(tiny_config(vocab_size=VOCAB, tie_word_embeddings=True), seed=1)
+    with torch.no_grad():
+        for layer in teacher.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+            layer.mlp.down_proj.weight.mul_(1e-3)
+        teacher.model.norm.weight.fill_(1.0)
+        teacher.model.embed_tokens.weight.normal_()
+    teacher.save_pretrained(root / "teacher")
+    save_llama(root / "student", vocab_size=VOCAB)
+    save_llama(root / "padded", vocab_size=VOCAB + 100)
+    write_tokens(root / "tokens", 12 * SEQ_LENGTH + 1, repeat=9)
+    return root
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    return Run(
+        model=models / "student",
+        teacher=TeacherConfig(path=models / "teacher"),
+        tokens=models / "tokens",
+        out=tmp_path,
+        train=CONFIG,
+    )
+
+
+# Vocabularies
+
+
+def _arch(vocab_size):
+    return hf.architecture_from_config(tiny_config(vocab_size=vocab_size).to_dict())
+
+
+def test_equal_vocabularies_need_no_tokenizer():
+    assert gates.shared_vocab_size(_arch(61), _arch(61), None) == 61
+
+
+def test_padding_beyond_the_tokenizer_is_not_compared():
+    tokenizer, size = TOKENIZER, TOKENIZER.vocab_size
+    assert gates.shared_vocab_size(_arch(size + 3), _arch(size + 90), tokenizer) == size + 3
+    assert gates.shared_vocab_size(_arch(size + 90), _arch(size), tokenizer) == size
+
+
+def test_other_vocabularies_are_refused():
+    with pytest.raises(MinitronError) as caught:
+        gates.shared_vocab_size(_arch(61), _arch(99), None)
+    assert str(caught.value) == (
+        "the teacher's vocabulary has 61 tokens, the student's 99, and neither brings a tokenizer "
+        "that could tell which rows are padding; distillation compares token by token: give a "
+        "student pruned from this teacher"
+    )
+    with pytest.raises(MinitronError, match=r"student's 69, and the tokenizer t\.model has 70;"):
+        gates.shared_vocab_size(_arch(70), _arch(69), TOKENIZER)
+
+
+# Weights
+
+
+def _check_weights(parallel, model_dir):
+    model = build_model(model_dir, initialize(parallel))
+    try:
+        gates.check_weights(model, Path("m"))
+    except MinitronError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2", "tp2+sp pp2", "tp4"])
+def test_sound_weights_pass(models, topology):
+    assert set(run_on(topology, _check_weights, models / "student")) == {None}
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2", "pp2", "tp2 pp2"])
+def test_damaged_weights_are_named_on_every_rank(tmp_path, topology):
+    model = random_llama(tiny_config())
+    with torch.no_grad():
+        model.model.layers[3].self_attn.k_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight[5, 40] = math.nan
+        model.model.norm.weight[3] = math.inf
+        model.model.layers[1].input_layernorm.weight.zero_()  # a vector may be
+    model.save_pretrained(tmp_path)
+    assert set(run_on(topology, _check_weights, tmp_path)) == {
+        "the weights of m are damaged: model.layers.0.mlp.down_proj.weight holds NaN or "
+        "infinity, model.layers.3.self_attn.k_proj.weight is all zeros, model.norm.weight holds "
+        "NaN or infinity; write them anew, or give another model"
+    }
+
+
+# The first losses
+
+
+def _check_start(parallel, run, allow_untrained):
+    topology = initialize(parallel)
+    teacher = build_teacher(replace(run.teacher, allow_untrained=allow_untrained), topology)
+    student = build_model(run.model, topology)
+    batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates, "log", said.append)
+        try:
+            gates.check_start(teacher, student, next(batches.microbatches(0)))
+        except MinitronError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2+sp", "pp2", "dp2"])
+def test_both_models_first_losses_are_said(run, topology):
+    replicas = 2 if topology == "dp2" else 1
+    ranks = [open_batches(run, rank=rank, size=replicas) for rank in range(replicas)]
+    batch = reference.concatenate([next(batches.microbatches(0)) for batches in ranks])
+    teacher = LlamaForCausalLM.from_pretrained(run.teacher.path, dtype=torch.float32)
+    student = LlamaForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    losses = [
+        reference.masked_mean(loss, batch).item()
+        for loss in (
+            reference.language_modeling_loss(teacher, batch),
+            reference.language_modeling_loss(student, batch),
+            reference.distillation_loss(student, teacher, batch),
+        )
+    ]
+    assert losses[0] < math.log(VOCAB) < losses[1]
+    (said,) = {message for rank in run_on(topology, _check_start, run, False) for message in rank}
+    expected = "teacher's loss {:.4f}, student's loss {:.4f}, KL between them {:.4f}"
+    assert said == "before the first step, in nats a token: " + expected.format(*losses)
+
+
+@pytest.mark.parametrize("topology", ["tp1", "pp2"])
+def test_a_teacher_that_knows_nothing_is_refused(run, topology):
+    untrained = replace(run, teacher=TeacherConfig(path=run.model))
+    for said in run_on(topology, _check_start, untrained, False):
+        assert said[-1].startswith("the teacher predicts the training data no better than chance: ")
+        assert said[-1].endswith(
+            f"that of guessing among {VOCAB} tokens {math.log(VOCAB):.2f}; check that it is the "
+            "right model for this data, or add --teacher.allow_untrained"
+        )
+    for said in run_on(topology, _check_start, untrained, True):
+        assert len(said) == 1
+
+
+# Tables of different length
+
+
+def _distill(parallel, run):
+    topology = initialize(parallel)
+    paths = (run.model, run.teacher.path)
+    rows = max(hf.read_architecture(path).vocab_size for path in paths)
+    rows = padded_vocab_size(rows, topology.tp_size)
+    student, teacher = (build_model(path, topology, padded_vocab=rows) for path in paths)
+    objective = LogitDistillation(Teacher(teacher, run.teacher), DistillConfig())
+    batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
+    Trainer(student, objective, batches, None, run.train, run.out).run()
+    save_gradients(student, run.out / "gradients")
+
+
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+@pytest.mark.parametrize("topology", ["tp1", "tp2"])
+def test_the_longer_table_is_padding(models, run, topology, longer):
+    paths = {"model": models / "padded"}
+    if longer == "teacher":
+        padded = TeacherConfig(path=models / "padded")
+        paths = {"model": models / "teacher", "teacher": padded}
+    run = replace(run, **paths)
+    run_on(topology, _distill, run)
+
+    student = LlamaForCausalLM.from_pretrained(run.model, dtype=torch.float32)
+    teacher = LlamaForCausalLM.from_pretrained(run.teacher.path, dtype=torch.float32)
+    batch = reference.global_batch(run, 0)
+    for model in (student, teacher):  # transformers' own way to a shorter table
+        model.lm_head.register_forward_hook(lambda module, args, logits: logits[..., :VOCAB])
+    loss = reference.masked_mean(reference.distillation_loss(student, teacher, batch), batch)
+    loss.backward()
+    (record,) = read_metrics(run.out / "metrics.jsonl")
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, gradient in load_tensors(run.out / "gradients").items():
+        expected = dict(student.named_parameters())[name].grad
+        assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
