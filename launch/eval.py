@@ -1,24 +1,28 @@
-"""Measure a model's loss and perplexity on held-out data."""
+"""Measure a model's loss on held-out data and its accuracy on tasks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minitron import artifact, config, platform
 from minitron.data.batches import DataConfig, EvalBatches, open_windows, prepare_data
-from minitron.data.tokenizer import find_tokenizer
+from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
-from minitron.model.llama import build_llama, freeze
+from minitron.eval.tasks import TaskConfig, evaluate_tasks, task_table
+from minitron.model.arch import Architecture
+from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero
+from minitron.parallel import ParallelConfig, Topology, initialize, is_rank_zero, on_rank_zero
 from minitron.platform import Precision
 from minitron.stage import run
 from minitron.train.objective import LanguageModeling
 
 EVAL_FILE = "eval.json"
+TASKS_FILE = "tasks.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +47,19 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Measure the language-model loss (nats per token) and the perplexity of a model. Every sample
-    of the data is read once, in order, the shorter last one included.
+    """Measure a model: its language-model loss (nats per token) and perplexity on held-out data,
+    every sample of which is read once, in order, the shorter last one included; its accuracy on
+    tasks of the lm-evaluation-harness; or both.
     """
 
     model: ModelSource
     """The model to measure."""
-    data: DataConfig
+    data: DataConfig | None = None
     """Held-out data, as `path`; `valid_path` is not read."""
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    """Tasks to measure accuracy on."""
     out: Path
-    """Directory for eval.json."""
+    """Directory for eval.json (of data) and tasks.json."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Batches."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -64,51 +71,86 @@ class Recipe:
     overwrite: bool = False
     """Replace `out` if minitron wrote it."""
 
+    def __post_init__(self) -> None:
+        if self.data is None and not self.tasks.names:
+            raise MinitronError("there is nothing to measure; give --data.path or --tasks.names")
+
 
 def main(recipe: Recipe) -> None:
     """Evaluate on all ranks, write on one."""
-    recipe.parallel.check_seq_length(recipe.data.seq_length)
+    if recipe.data is not None:
+        recipe.parallel.check_seq_length(recipe.data.seq_length)
     topology = initialize(recipe.parallel, seed=recipe.seed)
     inputs = [recipe.model.path]
     on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     arch, weights = open_model(recipe.model.path)
-    arch.check_seq_length(recipe.data.seq_length)
     tokenizer = find_tokenizer(recipe.model.path)
-    data = on_rank_zero(lambda: prepare_data(recipe.data, tokenizer, vocab_size=arch.vocab_size))
-    batches = EvalBatches(
-        open_windows(data.path, data.seq_length),
-        micro_batch_size=recipe.eval.micro_batch_size,
-        data_parallel_rank=topology.dp_rank,
-        data_parallel_size=topology.dp_size,
-        include_remainder=True,
+    batches = (
+        None if recipe.data is None else _batches(recipe, recipe.data, arch, topology, tokenizer)
     )
     model = freeze(build_llama(arch, topology, weights, dtype=platform.DTYPES[recipe.precision]))
-    objective = LanguageModeling()
-    measured = evaluate(
-        model, batches, objective.validation, objective.validation_losses, total=len(batches)
-    )
-    result = {
-        "lm_loss": measured["val_loss"],
-        "perplexity": math.exp(min(measured["val_loss"], 700.0)),
-        "tokens": int(measured["tokens"]),
-    }
+    files: dict[str, Any] = {}
+    if batches is not None:
+        files[EVAL_FILE] = _loss(model, batches)
+    if recipe.tasks.names:
+        size = recipe.eval.micro_batch_size
+        files[TASKS_FILE] = evaluate_tasks(model, tokenizer, recipe.tasks, micro_batch_size=size)
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
-            artifact.write_json(directory / EVAL_FILE, result)
+            for name, content in files.items():
+                artifact.write_json(directory / name, content)
             artifact.write_manifest(
                 directory,
                 stage="eval",
                 recipe=config.to_dict(recipe),
                 parents={"model": recipe.model.path},
-                metrics={**result, "num_parameters": arch.num_parameters},
+                metrics={
+                    **files.get(EVAL_FILE, {}),
+                    "tasks": files.get(TASKS_FILE, {}),
+                    "num_parameters": arch.num_parameters,
+                },
             )
 
     on_rank_zero(write)
     if is_rank_zero():
-        print(
-            "lm_loss {lm_loss:.4f}, perplexity {perplexity:.2f}, {tokens:,} tokens".format(**result)
-        )
+        if batches is not None:
+            line = "lm_loss {lm_loss:.4f}, perplexity {perplexity:.2f}, {tokens:,} tokens"
+            print(line.format(**files[EVAL_FILE]))
+        if recipe.tasks.names:
+            print(task_table(files[TASKS_FILE]))
+
+
+def _batches(
+    recipe: Recipe,
+    data: DataConfig,
+    arch: Architecture,
+    topology: Topology,
+    tokenizer: Tokenizer | None,
+) -> EvalBatches:
+    """This rank's share of the held-out data."""
+    arch.check_seq_length(data.seq_length)
+    prepared = on_rank_zero(lambda: prepare_data(data, tokenizer, vocab_size=arch.vocab_size))
+    return EvalBatches(
+        open_windows(prepared.path, prepared.seq_length),
+        micro_batch_size=recipe.eval.micro_batch_size,
+        data_parallel_rank=topology.dp_rank,
+        data_parallel_size=topology.dp_size,
+        include_remainder=True,
+    )
+
+
+def _loss(model: LlamaModel, batches: EvalBatches) -> dict[str, float]:
+    """The content of eval.json."""
+    objective = LanguageModeling()
+    measured = evaluate(
+        model, batches, objective.validation, objective.validation_losses, total=len(batches)
+    )
+    return {
+        "lm_loss": measured["val_loss"],
+        "perplexity": math.exp(min(measured["val_loss"], 700.0)),
+        "tokens": int(measured["tokens"]),
+    }
 
 
 if __name__ == "__main__":

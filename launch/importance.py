@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron import artifact, config
 from minitron.data.batches import DataConfig
+from minitron.data.tokenizer import find_tokenizer
+from minitron.errors import MinitronError
+from minitron.eval.tasks import TaskConfig, evaluate_tasks, mean_metric
 from minitron.model import hf
+from minitron.model.llama import LlamaModel
 from minitron.parallel import ParallelConfig, on_rank_zero
 from minitron.platform import Precision
 from minitron.prune.ablation import AblationConfig, measure_depth
@@ -44,6 +49,8 @@ class Recipe:
     """Samples and their batches."""
     depth: AblationConfig = field(default_factory=AblationConfig)
     """Layers to leave out on trial; nothing unless asked for."""
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    """Tasks on which each of these trials is measured too."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share the work; the scores are the same for all."""
     precision: Precision = "fp32"
@@ -52,6 +59,15 @@ class Recipe:
     """Has no effect: the data is read in order. Every stage accepts it."""
     overwrite: bool = False
     """Replace `out` if minitron wrote it."""
+
+    def __post_init__(self) -> None:
+        if self.tasks.names and self.depth.is_empty:
+            raise MinitronError(
+                f"tasks.names={self.tasks.names} measures trials, but there are none; add "
+                "--depth.layers, --depth.windows or --depth.greedy"
+            )
+        if self.depth.criterion == "accuracy" and not self.tasks.names:
+            raise MinitronError("depth.criterion=accuracy needs tasks; give --tasks.names")
 
 
 def main(recipe: Recipe) -> None:
@@ -67,7 +83,9 @@ def main(recipe: Recipe) -> None:
     )
     measured = collect_importance(model, batches)
     check_scores(measured.scores(), model.arch)
-    depth = None if recipe.depth.is_empty else measure_depth(model, batches, recipe.depth)
+    depth = None
+    if not recipe.depth.is_empty:
+        depth = measure_depth(model, batches, recipe.depth, _accuracy(recipe, model))
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
@@ -88,6 +106,20 @@ def main(recipe: Recipe) -> None:
         print(depth_table(measured.block_influence, depth), flush=True)
 
     on_rank_zero(write)
+
+
+def _accuracy(recipe: Recipe, model: LlamaModel) -> Callable[[], float] | None:
+    """What measures the model as it is on the recipe's tasks, if there are any."""
+    if not recipe.tasks.names:
+        return None
+    tokenizer = find_tokenizer(recipe.model.path)
+
+    def measure() -> float:
+        size = recipe.importance.micro_batch_size
+        results = evaluate_tasks(model, tokenizer, recipe.tasks, micro_batch_size=size)
+        return mean_metric(results, recipe.depth.metric)
+
+    return measure
 
 
 if __name__ == "__main__":

@@ -35,7 +35,15 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 GRACE_S = 10.0
 """How long a failed rank waits for torchrun to end it on behalf of the rank that speaks."""
 
-_CHATTY = ("megatron", "torch", "transformer_engine", "filelock", "matplotlib")
+_CHATTY = (
+    "megatron",
+    "torch",
+    "transformer_engine",
+    "filelock",
+    "matplotlib",
+    "lm_eval",
+    "datasets",
+)
 _FAILURE_KEY = "minitron/failure"
 
 

@@ -51,6 +51,10 @@ class Tokenizer(abc.ABC):
     """Largest token id, added tokens included, plus one."""
     eod: int
     """The token that ends a document."""
+    bos: int | None
+    """The token that begins a text; None where there is none."""
+    adds_bos: bool
+    """True where transformers puts `bos` before every text; `encode` never does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,6 +106,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.eod = self._find_eod()
+        config = _read_optional(path.parent / "tokenizer_config.json")
+        token = config.get("bos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        # What the file's own template puts before a text is a special token.
+        first = self._tokenizer.encode("a")
+        templated = bool(first.ids) and first.special_tokens_mask[0] == 1
+        self.bos = first.ids[0] if templated else token and self._tokenizer.token_to_id(token)
+        self.adds_bos = self.bos is not None and config.get("add_bos_token", templated)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS or EOS."""
@@ -168,6 +180,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise MinitronError(
                 f"{path} has no EOS piece to end documents with; train it with an eos_id"
             )
+        bos = self._processor.bos_id()
+        self.bos = bos if bos >= 0 else None
+        config = _read_optional(path.parent / "tokenizer_config.json")
+        self.adds_bos = self.bos is not None and config.get("add_bos_token", True)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS or EOS."""

@@ -78,3 +78,28 @@ def start_gathering(statistics: Tensor, group: dist.ProcessGroup | None) -> Call
         return gathered
 
     return wait
+
+
+def vocab_parallel_argmax(
+    logits: Tensor, *, valid_columns: int, tp_group: dist.ProcessGroup | None
+) -> Tensor:
+    """The column of the largest logit, the first of equals; one collective.
+
+    Args:
+        logits: [..., v/t].
+        valid_columns: columns of this rank that are no padding.
+        tp_group: the ranks that share the columns.
+
+    Returns:
+        [...] int64, counted over all ranks.
+    """
+    rows = logits.flatten(0, -2)
+    values = rows.new_full((len(rows),), NO_COLUMNS, dtype=torch.float64)
+    columns = torch.zeros_like(values)
+    if valid_columns:
+        best = rows[:, :valid_columns].max(1)
+        rank = 0 if tp_group is None else tp_group.rank()
+        values, columns = best.values.double(), best.indices.double() + rank * rows.shape[1]
+    gathered = gather_statistics(torch.stack([values, columns], -1), tp_group)  # [t, tokens, 2]
+    winner = gathered[..., 0].argmax(0, keepdim=True)
+    return gathered[..., 1].gather(0, winner)[0].long().view(logits.shape[:-1])

@@ -4,10 +4,11 @@ A layer is bypassed in the loaded model, on whatever pipeline stage it lies, and
 then; no model is built or written. Every trial gives two numbers from one forward pass: the
 language-model loss, and how far the logits have moved from those of the whole model. A few
 micro-batches at a time go through all trials, so that the whole model's final hidden states, from
-which its logits are made again, are all that has to be kept.
+which its logits are made again, are all that has to be kept. A third number, accuracy on tasks,
+takes passes of its own.
 
-Source: arXiv:2407.14679 §2.2 (perplexity), arXiv:2408.11796 (contiguous layers), arXiv:2511.16664
-(logit distance, layer by layer).
+Source: arXiv:2407.14679 §2.2 (perplexity), arXiv:2408.11796 (contiguous layers, accuracy),
+arXiv:2511.16664 (logit distance, layer by layer).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +48,9 @@ class AblationConfig:
     """Layers to take out one after the other, each time the one that costs least then: about L
     passes for each."""
     criterion: DepthCriterion = "lm_loss"
-    """What the greedy search keeps low: lm_loss or logit_distance."""
+    """What the greedy search minds: lm_loss, logit_distance, or accuracy on tasks."""
+    metric: str = "acc"
+    """What tasks call their accuracy, such as acc or acc_norm; the mean over tasks counts."""
     samples: int = 128
     """Samples of each pass: the first of the calibration data."""
 
@@ -80,8 +83,19 @@ class AblationConfig:
             )
 
 
-def measure_depth(model: LlamaModel, batches: EvalBatches, config: AblationConfig) -> DepthScores:
+def measure_depth(
+    model: LlamaModel,
+    batches: EvalBatches,
+    config: AblationConfig,
+    accuracy: Callable[[], float] | None = None,
+) -> DepthScores:
     """Try what the config asks for on a frozen model; the same result on all ranks.
+
+    Args:
+        model: this rank's part.
+        batches: this data-parallel rank's.
+        config: what to try.
+        accuracy: measures the model on tasks; called on all ranks, with the layers bypassed.
 
     Raises:
         MinitronError: the config asks for more layers than the model has.
@@ -100,17 +114,18 @@ def measure_depth(model: LlamaModel, batches: EvalBatches, config: AblationConfi
     rounds = sum(num_layers - done + 1 for done in range(config.greedy))
     total = (trials + rounds) * len(batches)
     with progress(total=total, desc="depth", unit="passes", enabled=is_rank_zero()) as bar:
-        whole, *found = ablate(model, batches, [*singles, *windows], bar)
+        whole, *found = ablate(model, batches, [*singles, *windows], bar, accuracy)
         greedy: list[Ablation] = []
         for _ in range(config.greedy):
             gone = greedy[-1].drop_layers if greedy else []
             rest = [layer for layer in range(1, num_layers + 1) if layer not in gone]
-            _, *tried = ablate(model, batches, [[*gone, layer] for layer in rest], bar)
+            _, *tried = ablate(model, batches, [[*gone, layer] for layer in rest], bar, accuracy)
             # Of equals the later layer goes, as for block influence.
-            greedy.append(min(reversed(tried), key=lambda trial: getattr(trial, config.criterion)))
+            greedy.append(min(reversed(tried), key=lambda trial: trial.cost(config.criterion)))
     return DepthScores(
         samples=batches.num_samples,
         lm_loss=whole.lm_loss,
+        accuracy=whole.accuracy,
         layers=found[: len(singles)],
         windows=found[len(singles) :],
         greedy=greedy,
@@ -122,6 +137,7 @@ def ablate(
     batches: EvalBatches,
     removals: Sequence[list[int]],
     bar: Progress | None = None,
+    accuracy: Callable[[], float] | None = None,
 ) -> list[Ablation]:
     """Loss and logit distance of the whole model and without each of `removals`; collective.
 
@@ -130,6 +146,7 @@ def ablate(
         batches: this data-parallel rank's.
         removals: layers to leave out, counted from 1.
         bar: advanced by one for every pass of a micro-batch.
+        accuracy: see `measure_depth`.
 
     Returns:
         One more than `removals`; the whole model comes first.
@@ -149,9 +166,20 @@ def ablate(
     if model.topology.tp_rank != 0:
         sums[:, [0, 3]] = 0  # tensor-parallel ranks see the same tokens, but other columns
     dist.all_reduce(sums)
+    accuracies: list[float | None] = []
+    for removed in trials:
+        with bypass(model, removed):
+            accuracies.append(None if accuracy is None else accuracy())
     return [
-        Ablation(drop_layers=removed, lm_loss=loss / tokens, logit_distance=distance / squares)
-        for removed, (loss, distance, squares, tokens) in zip(trials, sums.tolist(), strict=True)
+        Ablation(
+            drop_layers=removed,
+            lm_loss=loss / tokens,
+            logit_distance=distance / squares,
+            accuracy=correct,
+        )
+        for removed, (loss, distance, squares, tokens), correct in zip(
+            trials, sums.tolist(), accuracies, strict=True
+        )
     ]
 
 

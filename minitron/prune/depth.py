@@ -24,8 +24,16 @@ from minitron.prune.scores import top_indices
 
 DEPTH_FILE = "depth.json"
 
-DepthCriterion = Literal["lm_loss", "logit_distance"]
-LayerRanking = Literal["block_influence", "lm_loss", "logit_distance", "window", "greedy"]
+DepthCriterion = Literal["lm_loss", "logit_distance", "accuracy"]
+LayerRanking = Literal[
+    "block_influence",
+    "lm_loss",
+    "logit_distance",
+    "accuracy",
+    "window",
+    "window_accuracy",
+    "greedy",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,15 @@ class Ablation:
     """Language-model loss in nats per token."""
     logit_distance: float
     """Squared distance of the logits from the whole model's, over the squares of these."""
+    accuracy: float | None = None
+    """Mean over the tasks, if there were any."""
+
+    def cost(self, criterion: DepthCriterion) -> tuple[float, ...]:
+        """What a search keeps low; of equal accuracies, which are common, the lower loss wins."""
+        if criterion == "accuracy":
+            assert self.accuracy is not None, "accuracy needs tasks"
+            return -self.accuracy, self.lm_loss
+        return (getattr(self, criterion),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +65,8 @@ class DepthScores:
     """Calibration samples of every trial."""
     lm_loss: float
     """Of the whole model."""
+    accuracy: float | None = None
+    """Of the whole model, if there were tasks."""
     layers: list[Ablation]
     """Without each layer by itself."""
     windows: list[Ablation]
@@ -80,24 +99,33 @@ def layers_to_drop(block_influence: Tensor, num_layers: int) -> tuple[int, ...]:
 def ranked_layers(depth: DepthScores, ranking: LayerRanking, count: int) -> tuple[int, ...]:
     """The `count` layers to drop by trial, counted from 1.
 
-    `lm_loss` and `logit_distance` take the layers whose absence alone costs least, `window` the run
-    of neighbours with the lowest loss, `greedy` what the greedy search took first.
+    `lm_loss`, `logit_distance` and `accuracy` take the layers whose absence alone costs least,
+    `window` and `window_accuracy` the run of neighbours with the lowest loss or the highest
+    accuracy, `greedy` what the greedy search took first.
 
     Raises:
         MinitronError: this was not tried.
     """
-    if ranking in ("lm_loss", "logit_distance") and depth.layers:
+    if ranking in ("accuracy", "window_accuracy") and depth.accuracy is None:
+        raise MinitronError(
+            f"prune.layer_ranking={ranking} needs trials on tasks, which these scores do not hold; "
+            "run launch/importance.py with --tasks.names"
+        )
+    if ranking in ("lm_loss", "logit_distance", "accuracy") and depth.layers:
         # Of equals the later layer goes.
         order = sorted(
-            depth.layers, key=lambda trial: (getattr(trial, ranking), -trial.drop_layers[0])
+            depth.layers, key=lambda trial: (*trial.cost(ranking), -trial.drop_layers[0])
         )
         return tuple(sorted(trial.drop_layers[0] for trial in order[:count]))
     windows = [trial for trial in depth.windows if len(trial.drop_layers) == count]
-    if ranking == "window" and windows:
-        return tuple(min(windows, key=lambda trial: trial.lm_loss).drop_layers)
+    if ranking in ("window", "window_accuracy") and windows:
+        criterion: DepthCriterion = "lm_loss" if ranking == "window" else "accuracy"
+        return tuple(min(windows, key=lambda trial: trial.cost(criterion)).drop_layers)
     if ranking == "greedy" and len(depth.greedy) >= count:
         return tuple(sorted(depth.greedy[count - 1].drop_layers))
-    option = {"window": f"windows {count}", "greedy": f"greedy {count}"}.get(ranking, "layers")
+    option = {"greedy": f"greedy {count}"}.get(ranking, "layers")
+    if ranking in ("window", "window_accuracy"):
+        option = f"windows {count}"
     raise MinitronError(
         f"prune.layer_ranking={ranking} needs trials that these scores do not hold; run "
         f"launch/importance.py with --depth.{option}"
@@ -112,24 +140,32 @@ def depth_table(block_influence: Tensor, depth: DepthScores | None) -> str:
         return metrics.format_table(headers, rows)
     if depth.layers:
         headers += ["lm loss without it", "increase", "logit distance"]
+        headers += ["accuracy"] * (depth.accuracy is not None)
         for row, trial in zip(rows, depth.layers, strict=True):
-            row += [trial.lm_loss, trial.lm_loss - depth.lm_loss, trial.logit_distance]
+            row += _measures(depth, trial)
     tables = [metrics.format_table(headers, rows)]
     lengths = sorted({len(trial.drop_layers) for trial in depth.windows})
-    best = [
-        min((t for t in depth.windows if len(t.drop_layers) == n), key=lambda t: t.lm_loss)
-        for n in lengths
-    ]
-    for title, trials in (("best window", best), ("greedy", depth.greedy)):
+
+    def best(criterion: DepthCriterion) -> list[Ablation]:
+        runs = [[t for t in depth.windows if len(t.drop_layers) == n] for n in lengths]
+        return [min(trials, key=lambda trial: trial.cost(criterion)) for trials in runs]
+
+    groups = [("best window", best("lm_loss")), ("greedy", depth.greedy)]
+    if depth.accuracy is not None:
+        groups.insert(1, ("best window by accuracy", best("accuracy")))
+    for title, trials in groups:
         if trials:
-            found = [
-                [_range(t.drop_layers), t.lm_loss, t.lm_loss - depth.lm_loss, t.logit_distance]
-                for t in trials
-            ]
-            tables.append(
-                metrics.format_table((title, "lm loss", "increase", "logit distance"), found)
-            )
+            found = [[_range(t.drop_layers), *_measures(depth, t)] for t in trials]
+            columns = [title, "lm loss", "increase", "logit distance"]
+            columns += ["accuracy"] * (depth.accuracy is not None)
+            tables.append(metrics.format_table(columns, found))
     return "\n\n".join(tables)
+
+
+def _measures(depth: DepthScores, trial: Ablation) -> list[object]:
+    """What a table shows of a trial."""
+    accuracy = [] if trial.accuracy is None else [trial.accuracy]
+    return [trial.lm_loss, trial.lm_loss - depth.lm_loss, trial.logit_distance, *accuracy]
 
 
 def _range(layers: Sequence[int]) -> str:
@@ -162,6 +198,7 @@ def load_depth(scores_path: Path) -> DepthScores:
         return DepthScores(
             samples=values["samples"],
             lm_loss=values["lm_loss"],
+            accuracy=values["accuracy"],
             layers=[Ablation(**trial) for trial in values["layers"]],
             windows=[Ablation(**trial) for trial in values["windows"]],
             greedy=[Ablation(**trial) for trial in values["greedy"]],

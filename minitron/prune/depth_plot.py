@@ -45,18 +45,29 @@ def _trials(depth: DepthScores) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
     def first(trials: Sequence[Ablation]) -> NDArray[Any]:
         return np.array([trial.drop_layers[0] for trial in trials])
 
+    def accuracy(trials: Sequence[Ablation]) -> NDArray[Any]:
+        return np.array([trial.accuracy for trial in trials])
+
     panels = []
+    has_accuracy = depth.accuracy is not None
     if depth.layers:
         distance = np.array([trial.logit_distance for trial in depth.layers])
         panels += [
             ("loss increase without it", first(depth.layers), increase(depth.layers)),
             ("logit distance without it", first(depth.layers), distance),
         ]
+        if has_accuracy:
+            panels.append(("accuracy without it", first(depth.layers), accuracy(depth.layers)))
     for length in sorted({len(trial.drop_layers) for trial in depth.windows}):
         chosen = [trial for trial in depth.windows if len(trial.drop_layers) == length]
         title = f"loss increase without {length} layers from it on"
         panels.append((title, first(chosen), increase(chosen)))
+        if has_accuracy:
+            title = f"accuracy without {length} layers from it on"
+            panels.append((title, first(chosen), accuracy(chosen)))
     if depth.greedy:
         taken = np.arange(1, len(depth.greedy) + 1)
         panels.append(("loss increase of the greedy search", taken, increase(depth.greedy)))
+        if has_accuracy:
+            panels.append(("accuracy of the greedy search", taken, accuracy(depth.greedy)))
     return panels

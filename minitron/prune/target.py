@@ -36,9 +36,10 @@ class PruneConfig:
     drop_layers: list[int] | None = None
     """Layers to drop whatever their influence, counted from 1; needs no scores and no data."""
     layer_ranking: LayerRanking = "block_influence"
-    """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss) or
-    the logits (logit_distance); the best run of neighbours (window); or a greedy search. All but
-    the first need trials beside the scores: the depth section of launch/importance.py."""
+    """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss),
+    the logits (logit_distance) or the accuracy on tasks (accuracy); the run of neighbours that is
+    best for the loss (window) or the accuracy (window_accuracy); or a greedy search. All but the
+    first need trials beside the scores: the depth section of launch/importance.py."""
     method: Method = "activation"
     """What ranks: activations on calibration data, or for comparison the magnitude of weights,
     chance (random), or the position (first); these need no scores and no data."""
@@ -61,14 +62,22 @@ class PruneConfig:
     as 64 or 128. The arithmetic is printed."""
     target_tensor_parallel_size: int = 1
     """Round every width to one that so many tensor-parallel ranks can share."""
+    rounds: int = 1
+    """Rounds in which the shape is to be reached, this one included: only that part of the way is
+    gone now, rounded to what can be built. The next round starts from the result, with one less."""
 
     def __post_init__(self) -> None:
         if all(getattr(self, name) in (None, []) for name in _SIZES):
             keys = ", ".join(f"prune.{name}" for name in _SIZES)
             raise MinitronError(f"nothing to prune; give at least one of {keys}")
-        for name in ("multiple", "target_tensor_parallel_size"):
+        for name in ("multiple", "target_tensor_parallel_size", "rounds"):
             if getattr(self, name) < 1:
                 raise MinitronError(f"prune.{name}={getattr(self, name)} must be at least 1")
+        if self.rounds > 1 and self.drop_layers:
+            raise MinitronError(
+                f"prune.rounds={self.rounds} cannot split prune.drop_layers={self.drop_layers}; "
+                "give prune.num_layers"
+            )
 
     def target(self, source: Architecture) -> Architecture:
         """The shape of the pruned model.
@@ -95,14 +104,18 @@ class PruneConfig:
                 raise MinitronError(
                     f"prune.{name}={size}, but the model has {largest}; choose 1 to {largest}"
                 )
+        if self.rounds > 1:
+            for name, size in asked.items():
+                way = getattr(source, name) - size
+                asked[name] = size + way - round(way / self.rounds)
         sizes = {name: getattr(source, name) for name in (*_WIDTHS, "num_layers")} | asked
         tp = self.target_tensor_parallel_size
-        rounds = self.multiple > 1 or tp > 1
+        is_rounded = self.multiple > 1 or tp > 1 or self.rounds > 1
         lines: list[str] = []
 
         def settle(name: str, choices: list[int], reason: str) -> None:
             """Round to the nearest choice, the larger of two."""
-            if not rounds:
+            if not is_rounded:
                 return
             if not choices:
                 raise MinitronError(

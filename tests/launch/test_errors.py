@@ -167,6 +167,22 @@ MISTAKES = {
         )
         for stage, arguments in {"eval": EVAL, "importance": EVAL}.items()
     },
+    # Tasks
+    "nothing to measure": (
+        "eval",
+        ("--model", "model"),
+        "there is nothing to measure; give --data.path or --tasks.names",
+    ),
+    "tasks without trials": (
+        "importance",
+        (*EVAL, "--tasks.names", "winogrande"),
+        r"tasks.names=.* (measures trials, but there are none; add --depth.l|needs the lm-)",
+    ),
+    "accuracy without tasks": (
+        "importance",
+        (*EVAL, "--depth.greedy", 1, "--depth.criterion", "accuracy"),
+        "depth.criterion=accuracy needs tasks; give --tasks.names",
+    ),
     # Models
     **{
         f"{stage}: samples longer than the context": (

@@ -5,12 +5,21 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.prune.ablation import AblationConfig, measure_depth
-from minitron.prune.depth import depth_table, load_depth, ranked_layers, save_depth
+from minitron.prune.depth import (
+    Ablation,
+    DepthScores,
+    depth_table,
+    load_depth,
+    ranked_layers,
+    save_depth,
+)
+from minitron.prune.depth_plot import plot_depth
 from minitron.prune.importance import ImportanceConfig, open_calibration
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
@@ -101,6 +110,74 @@ def test_greedy_search_takes_the_cheapest_layer_each_time(model, tokens, criteri
         assert step.drop_layers == gone
         assert getattr(step, criterion) == pytest.approx(min(costs.values()), rel=1e-5)
     assert len(gone) == 3
+
+
+def _measure_with_tasks(parallel, directory, prefix, config):
+    """Accuracy stands for any measurement: it reads off the model which layers are bypassed."""
+    model, batches, _ = open_calibration(
+        directory,
+        data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
+        importance=ImportanceConfig(samples=7, micro_batch_size=2),
+        parallel=parallel,
+        precision="fp32",
+    )
+
+    def accuracy():
+        gone = torch.zeros(5)
+        for layer in model.decoder.layers:
+            gone[layer.layer_number] = "forward" in vars(layer)
+        dist.all_reduce(gone)
+        return ACCURACIES[tuple(gone.nonzero().flatten().tolist())]
+
+    return measure_depth(model, batches, config, accuracy)
+
+
+ACCURACIES = {
+    (): 0.9,
+    (1,): 0.3,
+    (2,): 0.6,
+    (3,): 0.7,
+    (4,): 0.2,
+    (1, 2): 0.3,
+    (2, 3): 0.2,
+    (3, 4): 0.5,
+    (1, 3): 0.4,
+    (2, 4): 0.1,
+}
+
+
+def test_accuracy_ranks_layers_windows_and_the_greedy_search(model, tokens, tmp_path):
+    config = AblationConfig(
+        layers=True, windows=[2], greedy=2, samples=NUM_SAMPLES, criterion="accuracy"
+    )
+    ranks = run_on("pp2", _measure_with_tasks, model[0], tokens, config)
+    depth = ranks[0]
+    assert ranks[1] == depth
+    assert depth.accuracy == 0.9
+    for trial in (*depth.layers, *depth.windows, *depth.greedy):
+        assert trial.accuracy == ACCURACIES[tuple(sorted(trial.drop_layers))]
+    assert [trial.drop_layers for trial in depth.greedy] == [[3], [3, 4]]
+    save_depth(tmp_path, depth)
+    assert load_depth(tmp_path) == depth
+    assert ranked_layers(depth, "accuracy", 2) == (2, 3)
+    assert ranked_layers(depth, "window_accuracy", 2) == (3, 4)
+    table = depth_table(torch.zeros(4), depth)
+    assert table.splitlines()[0].endswith("logit distance  accuracy")
+    assert "best window by accuracy" in table
+    plot_depth(tmp_path, torch.zeros(4), depth)
+    assert (tmp_path / "depth.svg").exists()
+    (plain,) = run_on("tp1", _measure, model[0], tokens, AblationConfig(layers=True))
+    with pytest.raises(MinitronError, match=r"layer_ranking=accuracy needs .*--tasks.names"):
+        ranked_layers(plain, "accuracy", 2)
+
+
+def test_equally_accurate_trials_are_ranked_by_their_loss():
+    trials = [
+        Ablation(drop_layers=[i], lm_loss=x, logit_distance=0.0, accuracy=0.5)
+        for i, x in enumerate((3.0, 2.0, 4.0), start=1)
+    ]
+    depth = DepthScores(samples=1, lm_loss=1.0, accuracy=0.6, layers=trials, windows=[], greedy=[])
+    assert ranked_layers(depth, "accuracy", 1) == (2,)
 
 
 def test_layers_to_drop_by_trial(model, tokens, tmp_path):

@@ -190,3 +190,31 @@ def test_without_rounding_sizes_are_those_asked_for():
     config = PruneConfig(hidden_size=3008, ffn_hidden_size=9217)
     assert config.arithmetic(LLAMA_31_8B) == []
     assert config.target(LLAMA_31_8B).ffn_hidden_size == 9217
+
+
+def test_rounds_divide_the_way_and_end_at_the_shape():
+    asked = {"hidden_size": 3072, "ffn_hidden_size": 9216, "num_layers": 20}
+    arch, shapes = LLAMA_31_8B, []
+    for left in (4, 3, 2, 1):
+        arch = PruneConfig(rounds=left, **asked).target(arch)
+        shapes.append((arch.hidden_size, arch.ffn_hidden_size, arch.num_layers))
+    way = [(3840, 13056, 29), (3584, 11776, 26), (3328, 10496, 23), (3072, 9216, 20)]
+    assert shapes == way
+
+
+@pytest.mark.parametrize("reduction", ["select", "mean"])
+def test_every_round_is_a_shape_that_ranks_can_share(reduction):
+    config = {"hidden_size": 2048, "ffn_hidden_size": 5000, "num_query_groups": 2}
+    config |= {"group_reduction": reduction, "target_tensor_parallel_size": 2, "multiple": 64}
+    arch = LLAMA_31_8B
+    for left in (3, 2, 1):
+        arch = PruneConfig(rounds=left, **config).target(arch)
+        check_parallel(arch, ParallelConfig(tensor_model_parallel_size=2))
+    assert (arch.hidden_size, arch.num_query_groups) == (2048, 2)
+
+
+def test_rounds_that_are_impossible():
+    with pytest.raises(MinitronError, match=r"prune.rounds=0 must be at least 1"):
+        PruneConfig(num_layers=2, rounds=0)
+    with pytest.raises(MinitronError, match=r"rounds=2 cannot split prune.drop_layers=\[3\]; give"):
+        PruneConfig(drop_layers=[3], rounds=2)

@@ -1,0 +1,65 @@
+"""launch/chain.sh: rounds of scoring, pruning and distilling."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from minitron import artifact
+from tests.launch.launcher import ROOT, TIMEOUT_S, environment
+from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
+from tests.tiny import save_llama
+
+SCRIPT = ROOT / "launch" / "chain.sh"
+
+
+def chain(*arguments, cwd):
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)],
+        cwd=cwd,
+        env=environment(cwd / ".cache") | {"PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+@pytest.mark.slow
+def test_two_rounds_of_width_and_depth_with_distillation_between(tmp_path):
+    save_llama(tmp_path / "model", vocab_size=VOCAB)
+    tokens = write_tokens(tmp_path / "tokens", 9 * SEQ_LENGTH)
+    data = {"path": [str(tokens)], "seq_length": SEQ_LENGTH}
+    recipes = {
+        "importance": {"data": data, "importance": {"samples": 4}},
+        "prune": {"prune": {"hidden_size": 16, "ffn_hidden_size": 20, "num_layers": 2}},
+        "distill": {"data": data, "train": {"steps": 2, "global_batch_size": 2}},
+    }
+    files = []
+    for name, content in recipes.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(json.dumps(content))
+    result = chain(2, tmp_path / "model", tmp_path / "out", *files, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"student: {tmp_path}/out/2/distilled"
+    shapes = []
+    for number in (1, 2):
+        for stage in ("pruned", "distilled"):
+            config = LlamaForCausalLM.from_pretrained(tmp_path / "out" / str(number) / stage).config
+            shapes.append((config.hidden_size, config.intermediate_size, config.num_hidden_layers))
+    assert shapes == [(24, 34, 3)] * 2 + [(16, 20, 2)] * 2
+    second = artifact.read_manifest(tmp_path / "out" / "2" / "scores")["parents"]["model"]
+    assert second["fingerprint"] == artifact.fingerprint(tmp_path / "out" / "1" / "distilled")
+    last = artifact.read_manifest(tmp_path / "out" / "2" / "distilled")["parents"]["teacher"]
+    assert last["fingerprint"] == artifact.fingerprint(tmp_path / "model")
+
+
+def test_usage(tmp_path):
+    result = chain(cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Prune in rounds.")
+    assert "chain.sh ROUNDS MODEL OUT IMPORTANCE.yaml PRUNE.yaml [DISTILL.yaml]" in result.stderr
