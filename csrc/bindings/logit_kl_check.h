@@ -22,6 +22,11 @@ inline LogitRows rows_of(const Tensor& logits, const char* name) {
     return {logits.const_data_ptr(), logits.stride(0), wide ? Dtype::kFloat32 : Dtype::kBFloat16};
 }
 
+inline void check_valid_columns(const Tensor& logits, int64_t valid_columns) {
+    TORCH_CHECK(0 <= valid_columns && valid_columns <= logits.size(1),
+                "valid_columns=", valid_columns, " of ", logits.size(1));
+}
+
 inline LogitKLArguments arguments(const Tensor& student, const Tensor& teacher,
                                   const std::optional<Tensor>& labels,
                                   const std::optional<Tensor>& mask, int64_t valid_columns,
@@ -29,8 +34,7 @@ inline LogitKLArguments arguments(const Tensor& student, const Tensor& teacher,
                                   bool unit_sum) {
     TORCH_CHECK(student.sizes() == teacher.sizes(), "student ", student.sizes(), " and teacher ",
                 teacher.sizes(), " differ");
-    TORCH_CHECK(0 <= valid_columns && valid_columns <= student.size(1),
-                "valid_columns=", valid_columns, " of ", student.size(1));
+    check_valid_columns(student, valid_columns);
     TORCH_CHECK(temperature > 0, "temperature=", temperature, " must be positive");
     const int64_t tokens = student.size(0);
     return {.student = rows_of(student, "student"),

@@ -41,6 +41,13 @@ inline Vec load(const T* from, int64_t count, float fill) {
     return load(padded);
 }
 
+// Asks for a line that will be read; the address need not exist.
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#endif
+}
+
 // max(a, b), b where either is NaN.
 inline Vec fast_max(const Vec& a, const Vec& b) { return at::vec::clamp_min(b, a); }
 

@@ -152,7 +152,7 @@ def test_a_large_offset_costs_no_digits(dtype, device):
     found = logit_kl(student, teacher, valid_columns=301)
     expected = _expected(student, teacher, labels, upstream, torch.ones_like(mask), 1.0)[0][0]
     assert expected.mean() < 1e-3
-    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1e-7)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1e-6)
 
 
 @DTYPES
