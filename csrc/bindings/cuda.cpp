@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -80,6 +81,45 @@ Tensor fused(const Tensor& student, const Tensor& teacher, const OptionalTensor&
     return out;
 }
 
+CrossEntropyArguments cross_entropy_arguments(const Tensor& logits, const Tensor& labels,
+                                              int64_t valid_columns, int64_t label_offset) {
+    const LogitRows rows = rows_of(logits, "logits");
+    check_valid_columns(logits, valid_columns);
+    const int64_t tokens = logits.size(0);
+    return {rows,
+            tokens,
+            valid_columns,
+            logits.size(1) - valid_columns,
+            checked<int64_t>(labels, {tokens}, "labels"),
+            label_offset};
+}
+
+Tensor ce_statistics(const Tensor& logits, const Tensor& labels, int64_t valid_columns,
+                     int64_t label_offset) {
+    const auto args = cross_entropy_arguments(logits, labels, valid_columns, label_offset);
+    const OnDevice device(logits, {&labels});
+    Tensor out =
+        at::empty({args.tokens, kNumCrossEntropyStatistics}, logits.options().dtype(at::kFloat));
+    check_launch(
+        cuda::cross_entropy_statistics(args, out.mutable_data_ptr<float>(), device.stream()),
+        "cross_entropy_statistics");
+    return out;
+}
+
+Tensor ce_gradient(const Tensor& logits, const Tensor& labels, const Tensor& merged,
+                   const Tensor& weights, int64_t valid_columns, int64_t label_offset) {
+    const auto args = cross_entropy_arguments(logits, labels, valid_columns, label_offset);
+    const float* const from =
+        checked<float>(merged, {args.tokens, kNumCrossEntropyStatistics}, "merged");
+    const float* const by = checked<float>(weights, {args.tokens}, "weights");
+    const OnDevice device(logits, {&labels, &merged, &weights});
+    Tensor out = at::empty_like(logits, at::MemoryFormat::Contiguous);
+    check_launch(
+        cuda::cross_entropy_gradient(args, from, by, out.mutable_data_ptr(), device.stream()),
+        "cross_entropy_gradient");
+    return out;
+}
+
 Tensor stats(const Tensor& x, int64_t group) {
     const Activations rows = grouped_activation(x, group);
     const OnDevice device(x, {});
@@ -109,6 +149,8 @@ TORCH_LIBRARY_IMPL(minitron, CUDA, m) {
     m.impl("logit_kl_merge", &merge);
     m.impl("logit_kl_gradient", &gradient);
     m.impl("logit_kl_fused", &fused);
+    m.impl("cross_entropy_statistics", &ce_statistics);
+    m.impl("cross_entropy_gradient", &ce_gradient);
     m.impl("activation_stats", &stats);
     m.impl("block_cosine", &cosine);
 }

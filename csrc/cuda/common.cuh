@@ -126,8 +126,23 @@ struct RowReader {
     }
 };
 
-// Calls f(index, a, b) for this thread's pieces among [begin, end) of two rows. The next pieces are
-// on their way while one is worked on.
+// Calls f(index, piece) for this thread's pieces of a row. The next piece is on its way while one
+// is worked on.
+template <bool kLast, typename T, typename F>
+__device__ void for_each_piece(const RowReader<T>& row, float fill, const F& f) {
+    Pack<T> next = {};
+    const auto fetch = [&](int index) {
+        if (index < row.packs()) next = row.template load<kLast>(index, fill);
+    };
+    fetch(threadIdx.x);
+    for (int index = threadIdx.x; index < row.packs(); index += blockDim.x) {
+        const Pack<T> piece = next;
+        fetch(index + blockDim.x);
+        f(index, piece);
+    }
+}
+
+// The same for two rows and the pieces [begin, end): f(index, a, b).
 template <bool kLast, typename A, typename B, typename F>
 __device__ void for_each_pair(const RowReader<A>& first, const RowReader<B>& second, int begin,
                               int end, float fill, const F& f) {
@@ -176,6 +191,17 @@ struct RowWriter {
         }
     }
 };
+
+// Zeroes the columns [begin, end).
+template <typename T>
+__device__ void zero(T* row, int begin, int end) {
+    int first = begin;  // that is aligned
+    while (first < end && !is_aligned(row + first)) ++first;
+    const RowWriter<T> rest(row + first, end - first);
+    const float zeros[kWidth] = {};
+    for (int i = begin + threadIdx.x; i < first; i += blockDim.x) narrow(0.f, row[i]);
+    for (int i = threadIdx.x; i * kWidth < rest.columns; i += blockDim.x) rest.store(i, zeros);
+}
 
 // Combines the values of all threads of the block, of which each gets the results. The scratch
 // memory holds kCount floats a warp.

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "activation_arguments.h"
+#include "cross_entropy_arguments.h"
 #include "logit_kl_arguments.h"
 
 namespace minitron::cuda {
@@ -27,6 +28,14 @@ const char* logit_kl_gradient(const LogitKLArguments&, const LogitKLGradient&, c
 // Statistics and gradient of a vocabulary that is whole here.
 const char* logit_kl_fused(const LogitKLArguments&, const LogitKLGradient&, float* statistics,
                            void* stream);
+
+// The statistics m, a and l of minitron/ops/cross_entropy.py, [tokens, 3].
+const char* cross_entropy_statistics(const CrossEntropyArguments&, float* statistics, void* stream);
+
+// The gradient by the logits, [tokens, columns + padding] of their dtype, contiguous, from the
+// statistics over the whole vocabulary; `weights` [tokens].
+const char* cross_entropy_gradient(const CrossEntropyArguments&, const float* merged,
+                                   const float* weights, void* out, void* stream);
 
 // Σ|x|, Σx², Σx and max|x| over the rows: `out` [4, columns / group]. The scratch memory holds
 // activation_stats_scratch(x) floats.

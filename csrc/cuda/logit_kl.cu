@@ -100,17 +100,6 @@ __device__ void write_gradient(const RowWriter<S>& to, int index, const Pack<S>&
     to.store(index, slope);
 }
 
-// Zeroes the columns [begin, end).
-template <typename T>
-__device__ void zero(T* row, int begin, int end) {
-    int first = begin;  // that is aligned
-    while (first < end && !is_aligned(row + first)) ++first;
-    const RowWriter<T> rest(row + first, end - first);
-    const float zeros[kWidth] = {};
-    for (int i = begin + threadIdx.x; i < first; i += blockDim.x) narrow(0.f, row[i]);
-    for (int i = threadIdx.x; i * kWidth < rest.columns; i += blockDim.x) rest.store(i, zeros);
-}
-
 template <bool kAll, typename S, typename T>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     statistics_kernel(const __grid_constant__ LogitKLArguments args, KLStatistics* out) {
