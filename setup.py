@@ -99,7 +99,7 @@ def compilations(objects: Path) -> dict[str, list[str]]:
             command = [*base_command(), *flags, *capability, "-c", str(source)]
             commands[f"{source.stem}.{name}.o"] = command
     for source in sorted(CSRC.glob("bindings/*.cpp")):
-        if source.stem != "cuda" or cuda_home():
+        if not source.stem.startswith("cuda") or cuda_home():
             commands[f"bindings_{source.stem}.o"] = [*base_command(), "-c", str(source)]
     return {name: [*command, "-o", str(objects / name)] for name, command in commands.items()}
 

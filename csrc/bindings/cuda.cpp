@@ -9,6 +9,7 @@
 
 #include "../cuda/kernels.h"
 #include "activations_check.h"
+#include "cross_entropy_check.h"
 #include "logit_kl_check.h"
 #include "stream.h"
 
@@ -17,12 +18,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-const Tensor* pointer(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
-
-void check_launch(const char* error, const char* op) {
-    TORCH_CHECK(!error, op, " could not be launched on this GPU: ", error);
-}
 
 Tensor new_statistics(const Tensor& student) {
     return at::empty({student.size(0), kNumStatistics}, student.options().dtype(at::kFloat));
@@ -79,19 +74,6 @@ Tensor fused(const Tensor& student, const Tensor& teacher, const OptionalTensor&
     check_launch(cuda::logit_kl_fused(args, to, out.mutable_data_ptr<float>(), device.stream()),
                  "logit_kl_fused");
     return out;
-}
-
-CrossEntropyArguments cross_entropy_arguments(const Tensor& logits, const Tensor& labels,
-                                              int64_t valid_columns, int64_t label_offset) {
-    const LogitRows rows = rows_of(logits, "logits");
-    check_valid_columns(logits, valid_columns);
-    const int64_t tokens = logits.size(0);
-    return {rows,
-            tokens,
-            valid_columns,
-            logits.size(1) - valid_columns,
-            checked<int64_t>(labels, {tokens}, "labels"),
-            label_offset};
 }
 
 Tensor ce_statistics(const Tensor& logits, const Tensor& labels, int64_t valid_columns,

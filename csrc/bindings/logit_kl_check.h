@@ -63,7 +63,7 @@ inline MergeArguments merge_arguments(const Tensor& gathered, const std::optiona
 }
 
 inline LogitKLGradient gradient_to(const Tensor& destination, const Tensor& student,
-                                   const Tensor& weights) {
+                                   const Tensor& weights, int64_t losses = kNumLosses) {
     TORCH_CHECK(destination.sizes() == student.sizes() &&
                     destination.scalar_type() == student.scalar_type(),
                 "destination must have the shape and dtype of student");
@@ -71,7 +71,7 @@ inline LogitKLGradient gradient_to(const Tensor& destination, const Tensor& stud
                 "destination needs unit column stride");
     const int64_t tokens = student.size(0);
     return {destination.mutable_data_ptr(), destination.stride(0),
-            checked<float>(weights, {kNumLosses, tokens}, "weights"), tokens};
+            checked<float>(weights, {losses, tokens}, "weights"), tokens};
 }
 
 }  // namespace minitron

@@ -142,10 +142,12 @@ __device__ void for_each_piece(const RowReader<T>& row, float fill, const F& f) 
     }
 }
 
-// The same for two rows and the pieces [begin, end): f(index, a, b).
-template <bool kLast, typename A, typename B, typename F>
+// The same for two rows and the pieces [begin, end): f(index, a, b). Two rows of fp32 fill the
+// registers, and the memory's pipeline, without looking ahead, and so does long arithmetic.
+template <bool kLast, bool kAllowAhead = true, typename A, typename B, typename F>
 __device__ void for_each_pair(const RowReader<A>& first, const RowReader<B>& second, int begin,
                               int end, float fill, const F& f) {
+    constexpr bool kAhead = kAllowAhead && sizeof(A) + sizeof(B) < 2 * sizeof(float);
     Pack<A> a = {};
     Pack<B> b = {};
     const auto fetch = [&](int index) {
@@ -153,11 +155,12 @@ __device__ void for_each_pair(const RowReader<A>& first, const RowReader<B>& sec
         a = first.template load<kLast>(index, fill);
         b = second.template load<kLast>(index, fill);
     };
-    fetch(begin + threadIdx.x);
+    if constexpr (kAhead) fetch(begin + threadIdx.x);
     for (int index = begin + threadIdx.x; index < end; index += blockDim.x) {
+        if constexpr (!kAhead) fetch(index);
         const Pack<A> x = a;
         const Pack<B> y = b;
-        fetch(index + blockDim.x);
+        if constexpr (kAhead) fetch(index + blockDim.x);
         f(index, x, y);
     }
 }

@@ -3,6 +3,7 @@
 #include "common.cuh"
 #include "kernels.h"
 #include "kl_row.h"
+#include "logit_rows.cuh"
 
 namespace minitron::cuda {
 namespace {
@@ -11,12 +12,6 @@ template <typename T>
 __device__ RowReader<T> logits_row(const CrossEntropyArguments& args, int64_t row) {
     return {static_cast<const T*>(args.logits.data) + row * args.logits.stride,
             static_cast<int>(args.columns)};
-}
-
-// The label's column if it is among those here, −1 otherwise.
-__device__ int label_column(const CrossEntropyArguments& args, int64_t row) {
-    const int64_t column = args.labels[row] - args.label_offset;
-    return column >= 0 && column < args.columns ? static_cast<int>(column) : -1;
 }
 
 // m, a and l of every row: `statistics` [tokens, 3].
@@ -43,7 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     float total[1] = {a * kl_weight(m - reference[0])};
     sum_over_block(total, scratch);
     if (threadIdx.x > 0) return;
-    const int label = label_column(args, row);
+    const int label = label_column(args.labels, row, args.label_offset, args.columns);
     float* const out = statistics + row * kNumCrossEntropyStatistics;
     out[0] = reference[0];
     out[1] = total[0];
@@ -59,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const int columns = static_cast<int>(args.columns), padding = static_cast<int>(args.padding);
     const float m = merged[row * kNumCrossEntropyStatistics], weight = weights[row];
     const float scale = weight / merged[row * kNumCrossEntropyStatistics + 1];
-    const int label = label_column(args, row);
+    const int label = label_column(args.labels, row, args.label_offset, args.columns);
     T* const to = out + row * (args.columns + args.padding);
     const RowWriter<T> writer(to, columns);
     for_each_piece<true>(logits_row<T>(args, row), 0.f, [&](int index, const Pack<T>& piece) {
@@ -67,10 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         unpack(piece, x);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) slope[i] = scale * kl_exp2((x[i] - m) * kLog2E);
-        if (label >= 0 && label / kWidth == index) {
-#pragma unroll
-            for (int i = 0; i < kWidth; ++i) slope[i] -= label % kWidth == i ? weight : 0.f;
-        }
+        subtract_at_label(slope, index, label, weight);
         writer.store(index, slope);
     });
     zero(to, columns, columns + padding);

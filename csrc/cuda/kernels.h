@@ -10,6 +10,7 @@
 #include "activation_arguments.h"
 #include "cross_entropy_arguments.h"
 #include "logit_kl_arguments.h"
+#include "objective_arguments.h"
 
 namespace minitron::cuda {
 
@@ -36,6 +37,20 @@ const char* cross_entropy_statistics(const CrossEntropyArguments&, float* statis
 // statistics over the whole vocabulary; `weights` [tokens].
 const char* cross_entropy_gradient(const CrossEntropyArguments&, const float* merged,
                                    const float* weights, void* out, void* stream);
+
+// Σ f and Σ p ∂f/∂p of minitron/ops/divergences.py, [2, tokens], from one read of both logits.
+const char* divergence_sums(const DivergenceArguments&, int64_t tokens, float* sums, void* stream);
+
+// The gradient by the student's logits.
+const char* divergence_gradient(const DivergenceArguments&, const DivergenceGradient&,
+                                void* stream);
+
+// The moments of minitron/ops/logit_moments.py, [tokens, 6], from one read of both logits.
+const char* logit_moments(const LogitKLArguments&, int64_t tokens, float* moments, void* stream);
+
+// The gradient by the student's logits.
+const char* logit_moments_gradient(const LogitKLArguments&, const LogitMomentsGradient&,
+                                   void* stream);
 
 // Σ|x|, Σx², Σx and max|x| over the rows: `out` [4, columns / group]. The scratch memory holds
 // activation_stats_scratch(x) floats.

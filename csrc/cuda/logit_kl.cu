@@ -12,35 +12,13 @@
 #include "common.cuh"
 #include "kernels.h"
 #include "kl_row.h"
+#include "logit_rows.cuh"
 
 namespace minitron::cuda {
 namespace {
 
 constexpr int kScratchFloats = kMaxThreads / kWarp * 5;
 constexpr int kBlockBytes = (kScratchFloats * sizeof(float) + sizeof(KLStatistics) + 15) / 16 * 16;
-
-template <typename S, typename T>
-struct LogitReader {
-    RowReader<S> student;
-    RowReader<T> teacher;
-
-    __device__ LogitReader(const LogitKLArguments& args, int64_t row)
-        : student(static_cast<const S*>(args.student.data) + row * args.student.stride,
-                  static_cast<int>(args.columns)),
-          teacher(static_cast<const T*>(args.teacher.data) + row * args.teacher.stride,
-                  static_cast<int>(args.columns)) {}
-};
-
-__device__ bool is_masked(const LogitKLArguments& args, int64_t row) {
-    return args.mask && !args.mask[row];
-}
-
-// The label's column if it is among those here, −1 otherwise.
-__device__ int label_column(const LogitKLArguments& args, int64_t row) {
-    if (!args.labels) return -1;
-    const int64_t column = args.labels[row] - args.label_offset;
-    return column >= 0 && column < args.columns ? static_cast<int>(column) : -1;
-}
 
 // This thread's part of the statistics of the pieces [begin, end); keep(index, student, teacher)
 // sees each.
@@ -71,11 +49,6 @@ __device__ KLStatistics merge_over_block(const KLStatistics& own, float temperat
     return {r.m, r.n, sums[0], sums[1], sums[2], sums[3], sums[4], 0.f};
 }
 
-template <typename S>
-__device__ S* gradient_row(const LogitKLGradient& out, int64_t row) {
-    return static_cast<S*>(out.data) + row * out.stride;
-}
-
 __device__ KLGradient row_gradient(const KLStatistics& r, const LogitKLArguments& args,
                                    const LogitKLGradient& out, int64_t row) {
     float weights[kNumLosses];
@@ -93,10 +66,7 @@ __device__ void write_gradient(const RowWriter<S>& to, int index, const Pack<S>&
     unpack(teacher, y);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) slope[i] = kl_slope<kAll>(g, x[i], y[i]);
-    if (label >= 0 && label / kWidth == index) {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) slope[i] -= label % kWidth == i ? g.lambda : 0.f;
-    }
+    subtract_at_label(slope, index, label, g.lambda);
     to.store(index, slope);
 }
 
@@ -114,7 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     KLStatistics r =
         merge_over_block(own, args.temperature, reinterpret_cast<float*>(shared_memory()));
     if (threadIdx.x == 0) {
-        const int label = label_column(args, row);
+        const int label = label_column(args.labels, row, args.label_offset, args.columns);
         if (label >= 0) r.l = widen(logits.student.data[label]);
         out[row] = r;
     }
@@ -151,7 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const LogitReader<S, T> logits(args, row);
     const RowWriter<S> writer(to, columns);
     const auto g = row_gradient(merged[row], args, out, row);
-    const int label = label_column(args, row);
+    const int label = label_column(args.labels, row, args.label_offset, args.columns);
     for_each_pair<true>(logits.student, logits.teacher, 0, logits.student.packs(), -INFINITY,
                         [&](int index, const Pack<S>& student, const Pack<T>& teacher) {
                             write_gradient<kAll>(writer, index, student, teacher, g, label);
@@ -176,7 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const auto own = sweep<kAll, false>(logits, 0, packs, args.temperature,
                                         [](int, const Pack<S>&, const Pack<T>&) {});
     // Read before the thread that has it may write over it.
-    const int label = label_column(args, row);
+    const int label = label_column(args.labels, row, args.label_offset, args.columns);
     const float label_logit = label >= 0 ? widen(logits.student.data[label]) : 0.f;
     KLStatistics r =
         merge_over_block(own, args.temperature, reinterpret_cast<float*>(shared_memory()));
@@ -225,7 +195,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
                               students[index - begin] = student;
                               teachers[index - begin] = teacher;
                           });
-    const int label = label_column(args, row);
+    const int label = label_column(args.labels, row, args.label_offset, args.columns);
     const float label_logit = label >= 0 ? widen(logits.student.data[label]) : 0.f;
     const KLStatistics of_part = merge_over_block(own, args.temperature, scratch);
     if (threadIdx.x == 0) *exchanged = of_part;
@@ -251,14 +221,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 // Calls f(kAll, S, T) for what the arguments ask.
 template <typename F>
 cudaError_t specialise(const LogitKLArguments& args, const F& f) {
-    const auto by_dtype = [&](auto all) {
-        const auto by_teacher = [&](auto student) {
-            return args.teacher.dtype == Dtype::kFloat32 ? f(all, student, float())
-                                                         : f(all, student, BFloat16());
-        };
-        return args.student.dtype == Dtype::kFloat32 ? by_teacher(float()) : by_teacher(BFloat16());
+    const auto with = [&](auto all) {
+        return by_dtype(args, [&](auto student, auto teacher) { return f(all, student, teacher); });
     };
-    return args.reverse || args.unit_sum ? by_dtype(std::true_type()) : by_dtype(std::false_type());
+    return args.reverse || args.unit_sum ? with(std::true_type()) : with(std::false_type());
 }
 
 int64_t element_bytes(const LogitRows& rows) { return rows.dtype == Dtype::kFloat32 ? 4 : 2; }

@@ -31,7 +31,7 @@ struct LogitKLArguments {
 struct LogitKLGradient {
     void* data;  // [tokens, columns + padding] of the student's dtype; may be the logits themselves
     int64_t stride;
-    const float* weights;  // [kNumLosses, tokens] gradient of the final loss by each token's losses
+    const float* weights;  // [losses, tokens] gradient of the final loss by each token's losses
     int64_t tokens;
 };
 

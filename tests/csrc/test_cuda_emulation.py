@@ -43,8 +43,8 @@ def emulated(tmp_path_factory):
         [build.compiler(), *flags, *include, "-x", "c++", "-c", str(kernel)] for kernel in kernels
     ]
     base = [flag for flag in build.base_command() if flag != "-O3"]
-    for name in ("cuda", "module"):
-        commands.append([*base, "-O0", "-c", str(bindings / f"{name}.cpp")])
+    for source in [*sorted(bindings.glob("cuda*.cpp")), bindings / "module.cpp"]:
+        commands.append([*base, "-O0", "-c", str(source)])
     objects = [directory / f"{number}.o" for number in range(len(commands))]
     commands = [[*c, "-o", str(o)] for c, o in zip(commands, objects, strict=True)]
     building.run_all(commands)

@@ -18,10 +18,11 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
-def _inputs(dtype, vocabulary, offset=0.0):
+def _inputs(dtype, vocabulary, offset=0.0, device="cpu"):
     torch.seed()
-    logits = (3 * torch.randn(S, B, vocabulary) + offset).to(dtype)
-    return logits, torch.randint(vocabulary, (S, B)), torch.rand(S, B)
+    logits = (3 * torch.randn(S, B, vocabulary, device=device) + offset).to(dtype)
+    labels = torch.randint(vocabulary, (S, B), device=device)
+    return logits, labels, torch.rand(S, B, device=device)
 
 
 def _expected(logits, labels, upstream):
@@ -48,20 +49,20 @@ def _check(logits, labels, upstream, grad_tolerance):
 @DTYPES
 @pytest.mark.parametrize("vocabulary", [1, 15, 33, 4097, 8209])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
-def test_losses_and_gradient(dtype, grad_tolerance, vocabulary, offset):
-    _check(*_inputs(dtype, vocabulary, offset), grad_tolerance)
+def test_losses_and_gradient(dtype, grad_tolerance, vocabulary, offset, device):
+    _check(*_inputs(dtype, vocabulary, offset, device), grad_tolerance)
 
 
 @DTYPES
-def test_rising_logits_leave_the_first_tiles_reference_behind(dtype, grad_tolerance):
-    logits, labels, upstream = _inputs(dtype, 9000)
-    logits = (logits.double() + torch.linspace(0, 400, 9000)).to(dtype)
+def test_rising_logits_leave_the_first_tiles_reference_behind(dtype, grad_tolerance, device):
+    logits, labels, upstream = _inputs(dtype, 9000, device=device)
+    logits = (logits.double() + torch.linspace(0, 400, 9000, device=device)).to(dtype)
     _check(logits, labels, upstream, grad_tolerance)
 
 
 @DTYPES
-def test_impossible_tokens(dtype, grad_tolerance):
-    logits, labels, upstream = _inputs(dtype, 5000)
+def test_impossible_tokens(dtype, grad_tolerance, device):
+    logits, labels, upstream = _inputs(dtype, 5000, device=device)
     logits[..., 4990:] = -math.inf
     logits[1, 1, :4600] = -math.inf  # a whole tile
     _check(logits, labels.clamp(4600, 4989), upstream, grad_tolerance)
@@ -69,16 +70,16 @@ def test_impossible_tokens(dtype, grad_tolerance):
     assert cross_entropy(logits, labels, valid_columns=5000)[2, 2] == math.inf
 
 
-def test_strided_rows():
-    logits, labels, _ = _inputs(torch.float32, 700)
+def test_strided_rows(device):
+    logits, labels, _ = _inputs(torch.float32, 700, device=device)
     labels = labels.clamp(max=599)
     cut = logits[..., 3:610]
     whole = cross_entropy(cut.contiguous(), labels, valid_columns=600)
     assert torch.equal(cross_entropy(cut, labels, valid_columns=600), whole)
 
 
-def _op_arguments():
-    logits, labels, upstream = _inputs(torch.float32, 70)
+def _op_arguments(device="cpu"):
+    logits, labels, upstream = _inputs(torch.float32, 70, device=device)
     rows, labels = logits.flatten(0, 1), labels.flatten()
     merged = torch.ops.minitron.cross_entropy_statistics(rows, labels, 66, 0)
     return {
@@ -89,14 +90,14 @@ def _op_arguments():
 
 
 @pytest.mark.parametrize("name", list(_op_arguments()))
-def test_ops_keep_the_contract_of_torch(name):
-    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments()[name])
+def test_ops_keep_the_contract_of_torch(name, device):
+    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments(device)[name])
 
 
 @pytest.mark.parametrize("offset", [0, 50, -50])
 @pytest.mark.skipif(not library.extension_built, reason="the extension is not built")
-def test_kernels_equal_their_references(offset):
-    arguments = _op_arguments()
+def test_kernels_equal_their_references(offset, device):
+    arguments = _op_arguments(device)
     rows, labels, merged, upstream, *_ = arguments["cross_entropy_gradient"]
     ops = torch.ops.minitron
     m, a, l = ops.cross_entropy_statistics(rows, labels, 66, offset).unbind(1)  # noqa: E741

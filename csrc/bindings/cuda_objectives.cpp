@@ -1,0 +1,102 @@
+// The ops of minitron/ops/divergences.py and logit_moments.py on CUDA tensors.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+
+#include "../cuda/kernels.h"
+#include "logit_kl_check.h"
+#include "stream.h"
+
+namespace minitron {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Divergence divergence(const std::string& kind) {
+    if (kind == "jsd") return Divergence::kJSD;
+    if (kind == "skew_kl") return Divergence::kSkewKL;
+    if (kind == "skew_reverse_kl") return Divergence::kSkewReverseKL;
+    TORCH_CHECK(kind == "tvd", "no divergence is called ", kind);
+    return Divergence::kTVD;
+}
+
+DivergenceArguments divergence_arguments(const LogitKLArguments& logits, const std::string& kind,
+                                         double parameter, const Tensor& merged, int64_t tokens) {
+    return {logits, divergence(kind), static_cast<float>(parameter),
+            checked<float>(merged, {tokens, kNumStatistics}, "merged")};
+}
+
+Tensor sums(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
+            const Tensor& merged, std::string kind, double parameter, int64_t valid_columns,
+            double temperature) {
+    const int64_t tokens = student.size(0);
+    const auto args = divergence_arguments(arguments(student, teacher, std::nullopt, mask,
+                                                     valid_columns, 0, temperature, false, false),
+                                           kind, parameter, merged, tokens);
+    const OnDevice device(student, {&teacher, pointer(mask), &merged});
+    Tensor out = at::empty({2, tokens}, merged.options());
+    check_launch(
+        cuda::divergence_sums(args, tokens, out.mutable_data_ptr<float>(), device.stream()),
+        "divergence_sums");
+    return out;
+}
+
+void gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+              const OptionalTensor& mask, const Tensor& merged, const Tensor& mean_slope,
+              const Tensor& weights, std::string kind, double parameter, int64_t valid_columns,
+              int64_t offset, double temperature, Tensor destination) {
+    const int64_t tokens = student.size(0);
+    const auto args = divergence_arguments(
+        arguments(student, teacher, labels, mask, valid_columns, offset, temperature, false, false),
+        kind, parameter, merged, tokens);
+    const DivergenceGradient to = {gradient_to(destination, student, weights, 2),
+                                   checked<float>(mean_slope, {tokens}, "mean_slope")};
+    const OnDevice device(student, {&teacher, pointer(labels), pointer(mask), &merged, &mean_slope,
+                                    &weights, &destination});
+    check_launch(cuda::divergence_gradient(args, to, device.stream()), "divergence_gradient");
+}
+
+Tensor moments(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
+               int64_t valid_columns) {
+    const int64_t tokens = student.size(0);
+    const auto args =
+        arguments(student, teacher, std::nullopt, mask, valid_columns, 0, 1, false, false);
+    const OnDevice device(student, {&teacher, pointer(mask)});
+    Tensor out = at::empty({tokens, kNumMoments}, student.options().dtype(at::kFloat));
+    check_launch(cuda::logit_moments(args, tokens, out.mutable_data_ptr<float>(), device.stream()),
+                 "logit_moments");
+    return out;
+}
+
+void moments_gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+                      const OptionalTensor& mask, const Tensor& normalizers,
+                      const Tensor& coefficients, const Tensor& by_cross_entropy,
+                      int64_t valid_columns, int64_t offset, Tensor destination) {
+    const int64_t tokens = student.size(0);
+    const auto args =
+        arguments(student, teacher, labels, mask, valid_columns, offset, 1, false, false);
+    const LogitMomentsGradient to = {
+        gradient_to(destination, student, by_cross_entropy.unsqueeze(0), 1),
+        reinterpret_cast<const LogitMomentsCoefficients*>(
+            checked<float>(coefficients, {tokens, 4}, "coefficients")),
+        labels ? checked<float>(normalizers, {tokens, kNumStatistics}, "normalizers") : nullptr};
+    const OnDevice device(student, {&teacher, pointer(labels), pointer(mask), &normalizers,
+                                    &coefficients, &by_cross_entropy, &destination});
+    check_launch(cuda::logit_moments_gradient(args, to, device.stream()), "logit_moments_gradient");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(minitron, CUDA, m) {
+    m.impl("divergence_sums", &sums);
+    m.impl("divergence_gradient", &gradient);
+    m.impl("logit_moments", &moments);
+    m.impl("logit_moments_gradient", &moments_gradient);
+}
+
+}  // namespace minitron

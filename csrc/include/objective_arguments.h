@@ -1,0 +1,36 @@
+// Arguments of the kernels of minitron/ops/divergences.py and logit_moments.py, on any device.
+
+#pragma once
+
+#include "logit_kl_arguments.h"
+
+namespace minitron {
+
+enum class Divergence : int { kJSD, kSkewKL, kSkewReverseKL, kTVD };
+
+struct DivergenceArguments {
+    LogitKLArguments logits;
+    Divergence kind;
+    float parameter;      // β or α
+    const float* merged;  // [tokens, 8] statistics of kl_merge.h over the whole vocabulary
+};
+
+struct DivergenceGradient {
+    LogitKLGradient out;  // its weights are [2, tokens], of the divergence and the cross-entropy
+    const float* mean_slope;  // [tokens] Σ p ∂f/∂p over the whole vocabulary
+};
+
+constexpr int kNumMoments = 6;
+
+struct LogitMomentsCoefficients {
+    float student_mean, teacher_mean;
+    float by_student, by_teacher;  // what the gradient multiplies s′ and t′ by
+};
+
+struct LogitMomentsGradient {
+    LogitKLGradient out;                           // its weights are [tokens], of the cross-entropy
+    const LogitMomentsCoefficients* coefficients;  // [tokens]
+    const float* normalizers;  // as DivergenceArguments' merged; null without labels
+};
+
+}  // namespace minitron
