@@ -91,13 +91,13 @@ def main(recipe: Recipe) -> None:
         arch = hf.read_architecture(path)
         _check_same_model(path, arch, checkpoint)
         model = build_llama(arch, topology, None, dtype=dtype)
-        load_checkpoint(checkpoint, model)
+        load_checkpoint(checkpoint, [model])
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
         if checkpoint is None:
             files = ModelFiles(dtype=dtype, base_dir=path, tokenizer=None)
-            save_checkpoint(directory, Position(), model, files=files)
+            save_checkpoint(directory, Position(), [model], files=files)
         else:
-            save_model(model, directory, dtype=dtype, base_dir=path)
+            save_model([model], directory, dtype=dtype, base_dir=path)
         on_rank_zero(
             lambda: artifact.write_manifest(
                 directory,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minitron import artifact, platform
 from minitron.data.batches import DataConfig
@@ -17,7 +17,7 @@ from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
-from minitron.model.llama import build_llama, check_parallel, padded_vocab_size
+from minitron.model.llama import build_chunks, build_llama, check_parallel, padded_vocab_size
 from minitron.model.sharding import open_model
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.platform import Precision
@@ -69,6 +69,15 @@ class Recipe:
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
     learning rate than the run had; ranks may always be others."""
 
+    def __post_init__(self) -> None:
+        states = self.distill.intermediate.states
+        if states and self.parallel.is_interleaved:
+            raise MinitronError(
+                f"distill.intermediate.states={states} need stages of one chunk, but "
+                "parallel.virtual_pipeline_model_parallel_size="
+                f"{self.parallel.virtual_pipeline_model_parallel_size}; use 1"
+            )
+
 
 def main(recipe: Recipe) -> None:
     """Build the models, train the student, write it."""
@@ -119,15 +128,16 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
-    rows = padded_vocab_size(largest_vocab, topology.tp_size)
-    build = functools.partial(
-        build_llama,
-        dtype=dtype,
-        transformer_impl="local" if intermediate.states else "auto",
-        padded_vocab=rows,
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "transformer_impl": "local" if intermediate.states else "auto",
+        "padded_vocab": padded_vocab_size(largest_vocab, topology.tp_size),
+    }
+    student = build_chunks(
+        student_arch, topology, student_weights, recompute=recipe.train.recompute, **options
     )
-    student = build(student_arch, topology, student_weights, recompute=recipe.train.recompute)
-    check_weights(student, student_path)
+    for chunk in student:
+        check_weights(chunk, student_path)
     objective: Objective
     if store is not None:
         count = recipe.train.steps * recipe.train.global_batch_size
@@ -135,14 +145,14 @@ def main(recipe: Recipe) -> None:
         stored = StoredTeacher(store, is_last_stage=topology.is_last_stage)
         objective = StoredDistillation(stored, recipe.distill)
     else:
-        model = build(teacher_arch, teacher_topology, teacher_weights)
+        model = build_llama(teacher_arch, teacher_topology, teacher_weights, **options)
         check_weights(model, teacher_path)
         teacher = Teacher(model, recipe.teacher)
         check_start(teacher, student, next(batches.microbatches(0)))
         objective = LogitDistillation(teacher, recipe.distill)
         if intermediate.states:
             objective = IntermediateDistillation(
-                objective, student, model, intermediate, seed=recipe.seed
+                objective, student[-1], model, intermediate, seed=recipe.seed
             )
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=tokenizer)
     open_run(recipe)

@@ -144,7 +144,7 @@ def _loss(model: LlamaModel, batches: EvalBatches) -> dict[str, float]:
     """The content of eval.json."""
     objective = LanguageModeling()
     measured = evaluate(
-        model, batches, objective.validation, objective.validation_losses, total=len(batches)
+        [model], batches, objective.validation, objective.validation_losses, total=len(batches)
     )
     return {
         "lm_loss": measured["val_loss"],

@@ -75,9 +75,9 @@ def main(recipe: Recipe) -> None:
     stored = hf.read_dtype(checkpoint)
     dtype = stored if recipe.precision is None else platform.DTYPES[recipe.precision]
     model = build_llama(arch, topology, None, dtype=stored)
-    position = load_checkpoint(checkpoint, model)
+    position = load_checkpoint(checkpoint, [model])
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
-        save_model(model, directory, dtype=dtype, base_dir=checkpoint)
+        save_model([model], directory, dtype=dtype, base_dir=checkpoint)
         on_rank_zero(
             lambda: artifact.write_manifest(
                 directory,

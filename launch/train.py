@@ -11,7 +11,7 @@ from minitron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
-from minitron.model.llama import build_llama, check_parallel
+from minitron.model.llama import build_chunks, check_parallel
 from minitron.model.sharding import open_model
 from minitron.model.weights import WeightSource
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
@@ -149,7 +149,7 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
-    model = build_llama(arch, topology, weights, dtype=dtype, recompute=recipe.train.recompute)
+    model = build_chunks(arch, topology, weights, dtype=dtype, recompute=recipe.train.recompute)
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
     open_run(recipe)
     trainer = Trainer(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from minitron.data.batches import (
 from minitron.distill.intermediate import IntermediateConfig, IntermediateDistillation
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
-from minitron.model.llama import LlamaModel, build_llama
+from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
 from minitron.platform import Precision
@@ -44,9 +45,14 @@ VOCAB = 301  # odd, and more than one rank's padded share
 SEED = 5
 
 
-def _ranks(tp: int = 1, pp: int = 1, dp: int = 1, **options: Any) -> tuple[int, ParallelConfig]:
+def _ranks(
+    tp: int = 1, pp: int = 1, dp: int = 1, vpp: int = 1, **options: Any
+) -> tuple[int, ParallelConfig]:
     return tp * pp * dp, ParallelConfig(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, **options
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        **options,
     )
 
 
@@ -60,6 +66,11 @@ TOPOLOGIES = {
     "pp2 uneven": _ranks(pp=2, layers_per_stage=[1, 3]),
     "pp4": _ranks(pp=4),
     "dp2": _ranks(dp=2),
+    "pp2 vpp2": _ranks(pp=2, vpp=2),
+    "pp2 vpp2 uneven": _ranks(pp=2, vpp=2, layers_per_stage=[1, 3, 2, 2]),
+    "pp4 vpp2": _ranks(pp=4, vpp=2),
+    "tp2+sp pp2 vpp2": _ranks(tp=2, pp=2, vpp=2, sequence_parallel=True),
+    "pp2 vpp2 dp2": _ranks(pp=2, vpp=2, dp=2),
     "tp2 pp2": _ranks(tp=2, pp=2),
     "tp2+sp pp2": _ranks(tp=2, pp=2, sequence_parallel=True),
     "tp2 dp2": _ranks(tp=2, dp=2),
@@ -139,6 +150,14 @@ def build_model(
     return build_llama(arch, topology, weights, dtype=platform.DTYPES[precision], **options)
 
 
+def build_chunks_of(
+    path: Path, topology: Topology, precision: Precision = "fp32", **options: Any
+) -> list[LlamaModel]:
+    """This rank's chunks of a model directory."""
+    arch, weights = open_model(path)
+    return build_chunks(arch, topology, weights, dtype=platform.DTYPES[precision], **options)
+
+
 def build_objective(run: Run, student: LlamaModel) -> Objective:
     """The loss of a run."""
     if run.teacher is None:
@@ -171,10 +190,10 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         **ranks,
     )
     on_rank_zero(lambda: (run.out / "model").mkdir(parents=True, exist_ok=True))
-    model = build_model(run.model, topology, run.precision, recompute=run.train.recompute)
+    model = build_chunks_of(run.model, topology, run.precision, recompute=run.train.recompute)
     trainer = Trainer(
         model,
-        build_objective(run, model),
+        build_objective(run, model[-1]),
         open_batches(run, rank=topology.dp_rank, size=topology.dp_size),
         validation,
         run.train,
@@ -191,10 +210,10 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
     return result
 
 
-def save_gradients(model: LlamaModel, directory: Path) -> None:
+def save_gradients(model: Sequence[LlamaModel], directory: Path) -> None:
     """Write the gradients in place of the weights, under Hugging Face's names; spoils the model."""
     directory.mkdir(parents=True, exist_ok=True)
-    for parameter in model.parameters():
+    for parameter in itertools.chain(*(chunk.parameters() for chunk in model)):
         gradient = getattr(parameter, "main_grad", parameter.grad)
         parameter.data.copy_(gradient)
     save_model(model, directory, dtype=torch.float32)

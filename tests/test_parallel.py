@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ ROOT = Path(__file__).parents[1]
         (
             {"pipeline_model_parallel_size": -2},
             "parallel.pipeline_model_parallel_size=-2 must be at least 1",
+        ),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            "parallel.virtual_pipeline_model_parallel_size=2 interleaves the chunks of several "
+            "stages, but parallel.pipeline_model_parallel_size=1; give it 2 or more stages, or 1 "
+            "chunk",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "layers_per_stage": [4, 4],
+            },
+            "parallel.layers_per_stage=[4, 4] names 2 stages, but "
+            "parallel.pipeline_model_parallel_size x "
+            "parallel.virtual_pipeline_model_parallel_size = 2 x 2 = 4",
         ),
         ({"timeout_minutes": 0}, "parallel.timeout_minutes=0 must be at least 1"),
         (
@@ -89,6 +106,35 @@ def test_layers_that_do_not_fill_the_stages_are_refused(stages, given, message):
     config = ParallelConfig(pipeline_model_parallel_size=stages, layers_per_stage=given)
     with pytest.raises(MinitronError, match=message):
         config.split_layers(4)
+
+
+INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3)
+
+
+def test_layers_go_to_chunks_in_the_models_order():
+    assert INTERLEAVED.split_layers(8) == [2, 2, 1, 1, 1, 1]
+    uneven = replace(INTERLEAVED, layers_per_stage=[1, 2, 3, 4, 5, 6])
+    assert uneven.without_interleaving().split_layers(21) == [1 + 3 + 5, 2 + 4 + 6]
+    assert INTERLEAVED.without_interleaving().split_layers(8) == [4, 4]
+    with pytest.raises(MinitronError) as caught:
+        INTERLEAVED.split_layers(5)
+    assert str(caught.value) == (
+        "5 layers do not fill parallel.pipeline_model_parallel_size x "
+        "parallel.virtual_pipeline_model_parallel_size = 2 x 3 = 6 stages; use at most 5"
+    )
+
+
+def test_micro_batches_that_do_not_fill_the_stages_are_refused():
+    INTERLEAVED.check_num_microbatches(4)
+    INTERLEAVED.without_interleaving().check_num_microbatches(5)
+    with pytest.raises(MinitronError) as caught:
+        INTERLEAVED.check_num_microbatches(5)
+    assert str(caught.value) == (
+        "a step has 5 micro-batches on each rank (train.global_batch_size / "
+        "(train.micro_batch_size x data-parallel ranks)), and "
+        "parallel.virtual_pipeline_model_parallel_size=3 takes them in groups of "
+        "parallel.pipeline_model_parallel_size=2; use a multiple of 2"
+    )
 
 
 # Ranks

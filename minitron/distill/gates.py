@@ -7,6 +7,7 @@ like any other: its loss falls, for as many GPU hours as it is given. Each check
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -74,12 +75,12 @@ def check_weights(model: LlamaModel, path: Path) -> None:
         )
 
 
-def check_start(teacher: Teacher, student: LlamaModel, batch: Batch) -> None:
+def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -> None:
     """Log both models' losses on a first micro-batch, and refuse a teacher no better than chance.
 
     Args:
         teacher: with its model.
-        student: this rank's part.
+        student: this rank's chunks.
         batch: this rank's first micro-batch of training data.
 
     Raises:
@@ -96,7 +97,7 @@ def check_start(teacher: Teacher, student: LlamaModel, batch: Batch) -> None:
                 states,
                 head,
                 token_weights=batch.loss_mask.t(),
-                valid_columns=shared_columns(student, teacher.model),
+                valid_columns=shared_columns(model, teacher.model),
                 labels=batch.labels.t(),
                 sequence_parallel=model.config.sequence_parallel,
                 tp_group=model.topology.groups.tp,

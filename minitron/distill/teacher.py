@@ -62,15 +62,22 @@ class TeacherConfig:
         return source
 
     def topology(self, student: Topology, num_layers: int) -> Topology:
-        """The student's topology with this teacher's layers on its stages.
+        """The student's topology with this teacher's layers on its stages, one chunk on each.
 
         Raises:
-            MinitronError: the stages do not add up to the teacher.
+            MinitronError: the stages do not add up to the teacher, or the window is too short for
+                a student whose chunks are interleaved.
         """
+        if student.config.is_interleaved and self.window and self.window < student.pp_size:
+            raise MinitronError(
+                f"teacher.window={self.window} is less than the micro-batches that the student's "
+                f"interleaved stages take at a time (parallel.pipeline_model_parallel_size="
+                f"{student.pp_size}); use at least {student.pp_size}"
+            )
         stages = split_layers(
             num_layers, student.pp_size, self.layers_per_stage, key="teacher.layers_per_stage"
         )
-        config = dataclasses.replace(student.config, layers_per_stage=stages)
+        config = dataclasses.replace(student.config.without_interleaving(), layers_per_stage=stages)
         return dataclasses.replace(student, config=config)
 
 

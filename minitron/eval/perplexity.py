@@ -17,7 +17,7 @@ Losses = Callable[[LlamaModel, Tensor, Batch, int], dict[str, Tensor]]
 
 
 def evaluate(
-    model: LlamaModel,
+    model: Sequence[LlamaModel],
     batches: Iterable[Batch],
     losses: Losses,
     names: Sequence[str],
@@ -29,7 +29,7 @@ def evaluate(
     """Run a model over held-out batches.
 
     Args:
-        model: this rank's part; its training mode is kept.
+        model: this rank's chunks; their training mode is kept.
         batches: this data-parallel rank's; as many on every rank.
         losses: final hidden states → named per-token losses [s, b], on the last stage.
         names: of those losses.
@@ -40,16 +40,17 @@ def evaluate(
     Returns:
         The mean of every loss in nats per token, and `tokens`, the same on all ranks.
     """
-    means = TokenMeans(names, model.topology)
+    means = TokenMeans(names, model[-1].topology)
 
     def on_output(hidden: Tensor, batch: Batch, index: int) -> None:
-        means.add(losses(model, hidden, batch, index), batch.loss_mask)
+        means.add(losses(model[-1], hidden, batch, index), batch.loss_mask)
 
     # A pipeline is kept busy by several micro-batches at once; each needs little memory.
-    group_size = 4 * model.topology.pp_size
+    group_size = 4 * model[-1].topology.pp_size
     iterator = iter(batches)
-    training = model.training
-    model.eval()
+    training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
     with progress(
         total=total, desc="eval", unit="batches", enabled=total is not None and is_rank_zero()
     ) as bar:
@@ -58,5 +59,6 @@ def evaluate(
                 model, group, on_output, forward_only=True, window=window(group), prepare=prepare
             )
             bar.update(len(group))
-    model.train(training)
+    for chunk, mode in zip(model, training, strict=True):
+        chunk.train(mode)
     return means.reduce()

@@ -1,6 +1,7 @@
 """Llama as megatron-core's GPTModel: tensor-, sequence- and pipeline-parallel.
 
-`build_llama` makes this rank's part of a model and fills it from a weight source. On the last
+`build_llama` makes this rank's part of a model and fills it from a weight source; `build_chunks`
+does so for the interleaved schedule, which gives a rank several parts. On the last
 pipeline stage the model's output is the *final hidden state* rather than logits: whoever needs
 logits asks for them (`LlamaModel.logits`), and a distillation step can keep the hidden states of a
 teacher, which are some thirty times smaller than its logits.
@@ -43,7 +44,7 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class LlamaModel(GPTModel):
-    """This rank's stage of a Llama; made by `build_llama`."""
+    """This rank's stage of a Llama, or a chunk of it; made by `build_llama` or `build_chunks`."""
 
     arch: Architecture
     topology: Topology
@@ -133,6 +134,8 @@ def build_llama(
 ) -> LlamaModel:
     """Build this rank's part of a Llama on its device and read its slices of the weights.
 
+    A stage is one chunk here, whatever the recipe says of training.
+
     Args:
         arch: the model's shape.
         topology: this rank's place.
@@ -147,24 +150,61 @@ def build_llama(
     Raises:
         MinitronError: the sizes do not divide, or a tensor is missing or damaged.
     """
+    (model,) = build_chunks(
+        arch,
+        dataclasses.replace(topology, config=topology.config.without_interleaving()),
+        source,
+        dtype=dtype,
+        transformer_impl=transformer_impl,
+        recompute=recompute,
+        padded_vocab=padded_vocab,
+    )
+    return model
+
+
+def build_chunks(
+    arch: Architecture,
+    topology: Topology,
+    source: WeightSource | None,
+    *,
+    dtype: torch.dtype,
+    transformer_impl: Literal["auto", "local"] = "auto",
+    recompute: Recompute = "none",
+    padded_vocab: int | None = None,
+) -> list[LlamaModel]:
+    """Build this rank's chunks of a Llama, in the model's order; arguments as of `build_llama`.
+
+    There is one, unless `parallel.virtual_pipeline_model_parallel_size` asks for more.
+    """
     check_parallel(arch, topology.config)
     use_te = transformer_impl == "auto" and platform.has_transformer_engine()
     config = _transformer_config(arch, topology, dtype, recompute)
-    spec = _te_layer_spec(arch) if use_te else _local_layer_spec(arch)
-    if not use_te:
-        spec = _block_spec(spec, topology, arch)
-    model = LlamaModel(
-        config,
-        spec,
-        vocab_size=padded_vocab or padded_vocab_size(arch.vocab_size, topology.tp_size),
-        max_sequence_length=arch.max_position_embeddings,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=arch.rotary_base,
-        pg_collection=topology.groups,
-    )
+    layer = _te_layer_spec(arch) if use_te else _local_layer_spec(arch)
+    layers = topology.config.split_layers(arch.num_layers)[topology.pp_rank :: topology.pp_size]
+    chunks = []
+    for vp_stage, num_layers in enumerate(layers):
+        chunk = LlamaModel(
+            config,
+            layer if use_te else _block_spec(layer, num_layers),
+            vocab_size=padded_vocab or padded_vocab_size(arch.vocab_size, topology.tp_size),
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=topology.is_first_stage and vp_stage == 0,
+            post_process=topology.is_last_stage and vp_stage == len(layers) - 1,
+            share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=arch.rotary_base,
+            pg_collection=topology.groups,
+            vp_stage=vp_stage,
+        )
+        _finish(chunk, arch, topology, source)
+        chunks.append(chunk)
+    return chunks
+
+
+def _finish(
+    model: LlamaModel, arch: Architecture, topology: Topology, source: WeightSource | None
+) -> None:
+    """Complete what GPTModel has built, and fill it."""
     model.arch, model.topology = arch, topology
     rope = model.rotary_pos_emb
     if arch.rope_scaling is not None:
@@ -174,7 +214,6 @@ def build_llama(
     sharding.mark_partitions(model, arch)
     if source is not None:
         sharding.load_weights(model, arch, topology, source)
-    return model
 
 
 def freeze(model: LlamaModel) -> LlamaModel:
@@ -194,6 +233,10 @@ def _transformer_config(
     extra: dict[str, Any] = {}
     if recompute == "full":
         extra = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    if topology.config.is_interleaved:
+        # Batched sends do not say whether they are activations or gradients, and between two stages
+        # both go both ways: one is taken for the other.
+        extra |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -282,9 +325,6 @@ def _te_layer_spec(arch: Architecture) -> ModuleSpec:
     return spec
 
 
-def _block_spec(
-    layer: ModuleSpec, topology: Topology, arch: Architecture
-) -> TransformerBlockSubmodules:
-    """The stage's layers under our final norm (a bare layer spec brings megatron-core's own)."""
-    count = topology.config.split_layers(arch.num_layers)[topology.pp_rank]
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+def _block_spec(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
+    """A chunk's layers under our final norm (a bare layer spec brings megatron-core's own)."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

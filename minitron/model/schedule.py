@@ -30,7 +30,7 @@ A training step returns the summed loss and the number of tokens in it; a forwar
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Sequence[torch.nn.Module],
     microbatches: Sequence[Batch],
     on_output: OnOutput,
     *,
@@ -44,78 +44,94 @@ def run_schedule(
     ranks divided by their number of tokens, whatever the topology and the window.
 
     Args:
-        model: this rank's stage, wrapped for data parallelism or not.
+        model: this rank's stage, or its chunks; wrapped for data parallelism or not.
         microbatches: the same on every rank of a pipeline.
         on_output: what to do with the output of the last stage.
         forward_only: no gradients.
         window: most micro-batches between two calls of `prepare`; the pipeline drains after each
-            window. None sends all at once.
+            window. None sends all at once. Chunks take multiples of the pipeline's stages.
         prepare: called on every rank with the micro-batches of each window before they go.
     """
     if not microbatches:
         return
-    windows = split_windows(microbatches, window or len(microbatches))
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    stages = get_model_config(chunks[0]).pipeline_model_parallel_size if len(chunks) > 1 else 1
+    windows = split_windows(microbatches, window or len(microbatches), multiple_of=stages)
     num_tokens = torch.zeros((), dtype=torch.int, device=platform.device())
     for number, group in enumerate(windows, 1):
         if prepare is not None:
             prepare(group)
         if forward_only or len(windows) == 1:
-            _run_window(model, group, on_output, forward_only=forward_only)
+            _run_window(chunks, group, on_output, forward_only=forward_only)
         else:
-            with _accumulating(model, num_tokens, last=number == len(windows)):
-                _run_window(model, group, on_output, forward_only=False)
+            with _accumulating(chunks, num_tokens, last=number == len(windows)):
+                _run_window(chunks, group, on_output, forward_only=False)
 
 
-def split_windows(microbatches: Sequence[Batch], window: int) -> list[Sequence[Batch]]:
-    """Cut a step into as few windows as possible, about equally long: each drains the pipeline."""
-    count = -(-len(microbatches) // window)
-    ends = [len(microbatches) * number // count for number in range(count + 1)]
+def split_windows(
+    microbatches: Sequence[Batch], window: int, *, multiple_of: int = 1
+) -> list[Sequence[Batch]]:
+    """Cut a step into as few windows as possible, about equally long: each drains the pipeline.
+
+    All but the last have a multiple of `multiple_of` micro-batches, and at least so many.
+    """
+    groups = -(-len(microbatches) // multiple_of)
+    count = -(-groups // max(window // multiple_of, 1))
+    ends = [groups * number // count * multiple_of for number in range(count + 1)]
     return [microbatches[start:end] for start, end in itertools.pairwise(ends)]
 
 
 @contextlib.contextmanager
-def _accumulating(model: torch.nn.Module, num_tokens: Tensor, *, last: bool) -> Iterator[None]:
+def _accumulating(
+    chunks: Sequence[torch.nn.Module], num_tokens: Tensor, *, last: bool
+) -> Iterator[None]:
     """Let a window add to the gradients of a step, which the last one reduces and scales.
 
     megatron-core's schedules do both at the end of every call, by the tokens of that call.
 
     Args:
-        model: wrapped for data parallelism.
+        chunks: wrapped for data parallelism.
         num_tokens: of the windows before on the last stage; this one's are added.
         last: reduce and scale.
     """
-    config = get_model_config(model)
+    config = get_model_config(chunks[0])
     no_sync, finalize = config.no_sync_func, config.finalize_model_grads_func
 
-    def count(chunks: Any, tokens: Tensor, **options: Any) -> None:
+    def count(model: Any, tokens: Tensor, **options: Any) -> None:
         num_tokens.add_(tokens)
         if last:
-            finalize(chunks, num_tokens, **options)
+            finalize(model, num_tokens, **options)
 
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, config, "finalize_model_grads_func", finalize)
         stack.callback(setattr, config, "no_sync_func", no_sync)
         config.finalize_model_grads_func = count
         if not last:
-            stack.enter_context(no_sync())
+            for chunk in chunks:
+                stack.enter_context(chunk.no_sync())  # type: ignore[operator]
             config.no_sync_func = None  # the schedule would leave it for its last micro-batch
         yield
 
 
 def _run_window(
-    model: torch.nn.Module,
+    chunks: list[torch.nn.Module],
     microbatches: Sequence[Batch],
     on_output: OnOutput,
     *,
     forward_only: bool,
 ) -> None:
+    config = get_model_config(chunks[0])
+    stages, count = config.pipeline_model_parallel_size, len(microbatches)
+    if len(chunks) > 1 and forward_only:  # chunks take a micro-batch for every stage at a time
+        microbatches = [*microbatches, *[microbatches[-1]] * (-count % stages)]
+
     def step(numbered: Iterator[tuple[int, Batch]], stage: torch.nn.Module) -> Any:
         index, batch = next(numbered)
         batch = batch.to(platform.device())
         hidden = stage(batch.tokens, batch.position_ids, None)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
-            result = on_output(output, batch, index)
+            result = on_output(output, batch, index) if index < count else None
             if result is None:
                 return output.new_zeros(()), _NO_TOKENS.to(output.device), None
             return (*result, None)
@@ -124,10 +140,11 @@ def _run_window(
 
     b, s = microbatches[0].tokens.shape
     with torch.set_grad_enabled(not forward_only):
-        get_forward_backward_func()(
+        schedule = get_forward_backward_func(stages, len(chunks) if len(chunks) > 1 else None)
+        schedule(
             forward_step_func=step,
-            data_iterator=iter(enumerate(microbatches)),
-            model=[model],
+            data_iterator=[iter(enumerate(microbatches)) for _ in chunks],
+            model=chunks,
             num_microbatches=len(microbatches),
             seq_length=s,
             micro_batch_size=b,

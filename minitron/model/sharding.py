@@ -8,8 +8,9 @@ in one direction and writing in the other, so that a model read and written agai
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,7 +192,7 @@ def _read_shard(
 
 
 def save_model(
-    model: LlamaModel,
+    model: Sequence[LlamaModel],
     directory: Path,
     *,
     dtype: torch.dtype,
@@ -203,12 +204,12 @@ def save_model(
     tensors to their place; no rank ever holds more than one of them.
 
     Args:
-        model: this rank's part; data-parallel replicas other than the first only wait.
+        model: this rank's chunks; data-parallel replicas other than the first only wait.
         directory: exists; the files in it are complete when all ranks return.
         dtype: of the tensors on disk.
         base_dir: model directory whose other config keys and tokenizer are kept.
     """
-    arch, topology = model.arch, model.topology
+    arch, topology = model[0].arch, model[0].topology
     writer = WeightWriter(directory, hf.tensor_infos(arch, dtype))
 
     def create() -> None:
@@ -217,7 +218,7 @@ def save_model(
 
     parallel.on_rank_zero(create)
     if topology.dp_rank == 0:
-        for parameter, packing in packed_parameters(model, arch):
+        for parameter, packing in itertools.chain(*(packed_parameters(m, arch) for m in model)):
             if packing.sources == (hf.EMBEDDING,) and not topology.is_first_stage:
                 continue  # the tied copy on the last stage
             shards = _gather_shards(parameter.detach(), packing, topology)

@@ -80,7 +80,7 @@ def compare_losses(
     def loss(arch: Architecture, weights: WeightSource) -> float:
         model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
         names = objective.validation_losses
-        return evaluate(freeze(model), batches, objective.validation, names)["val_loss"]
+        return evaluate([freeze(model)], batches, objective.validation, names)["val_loss"]
 
     losses = {
         "source": loss(arch, weights),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def list_checkpoints(directory: Path) -> list[int]:
 def save_checkpoint(
     directory: Path,
     position: Position,
-    model: LlamaModel,
+    model: Sequence[LlamaModel],
     optimizer: MegatronOptimizer | None = None,
     *,
     files: ModelFiles | None = None,
@@ -90,7 +91,7 @@ def save_checkpoint(
     Args:
         directory: of all checkpoints of the run.
         position: of the run.
-        model: this rank's part, not its data-parallel wrapper.
+        model: this rank's chunks, not their data-parallel wrappers.
         optimizer: its optimizer; None saves the weights alone.
         files: the model's config and tokenizer, to lie beside the shards.
         keep: checkpoints to keep; 0 keeps all.
@@ -109,7 +110,7 @@ def save_checkpoint(
 
     def publish() -> None:
         if files is not None:
-            files.write(partial, model.arch)
+            files.write(partial, model[0].arch)
         artifact.replace_directory(partial, path)
         tracker = directory / f".{TRACKER_FILE}.partial"
         tracker.write_text(f"{position.step}\n")
@@ -121,7 +122,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: LlamaModel, optimizer: MegatronOptimizer | None = None
+    path: Path, model: Sequence[LlamaModel], optimizer: MegatronOptimizer | None = None
 ) -> Position:
     """Fill a model, and its optimizer if given, from a checkpoint of any topology.
 
@@ -145,7 +146,8 @@ def load_checkpoint(
             f"{path} cannot be loaded ({_reason(error)}); it is damaged or of another model: "
             "take another checkpoint"
         ) from error
-    model.load_state_dict(loaded["model"])
+    for name, chunk in _named(model).items():
+        chunk.load_state_dict(loaded[name])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
@@ -169,16 +171,24 @@ def _reason(error: BaseException) -> str:
 
 
 def _sharded_state(
-    model: LlamaModel, optimizer: MegatronOptimizer | None, *, is_loading: bool
+    model: Sequence[LlamaModel], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = {**_METADATA, "dp_cp_group": model.topology.groups.dp_cp}
-    sharded_model = model.sharded_state_dict(metadata=metadata)
-    state: dict[str, Any] = {"model": sharded_model}
+    metadata = {**_METADATA, "dp_cp_group": model[0].topology.groups.dp_cp}
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(model).items()
+    }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
-            sharded_model, is_loading=is_loading, metadata=metadata
+            dict(state), is_loading=is_loading, metadata=metadata
         )
     return state
+
+
+def _named(model: Sequence[LlamaModel]) -> dict[str, LlamaModel]:
+    """Chunks by Megatron's names. On disk, tensors go by the number of their layer in the model."""
+    if len(model) == 1:
+        return {"model": model[0]}
+    return {f"model{number}": chunk for number, chunk in enumerate(model)}
 
 
 def _create_state(optimizer: MegatronOptimizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from minitron.train.optimizer import (
     build_optimizer,
     learning_rate,
     set_learning_rate,
-    wrap_model,
+    wrap_chunk,
 )
 
 CHECKPOINTS = "checkpoints"
@@ -41,7 +42,7 @@ class Trainer:
     """A model, what it minimises, and the steps that do it.
 
     Args:
-        model: this rank's part, with its initial weights.
+        model: this rank's chunks, with their initial weights.
         objective: the loss.
         batches: training data of this data-parallel rank.
         validation: held-out data; None measures nothing.
@@ -52,7 +53,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Sequence[LlamaModel],
         objective: Objective,
         batches: TrainBatches,
         validation: EvalBatches | None,
@@ -69,7 +70,7 @@ class Trainer:
         self.out = out
         self.files = files
         self.position = Position()
-        self.wrapped = wrap_model(model)
+        self.wrapped = [wrap_chunk(chunk) for chunk in model]
         self.optimizer = build_optimizer(self.wrapped, config)
 
     @property
@@ -153,16 +154,17 @@ class Trainer:
         platform.synchronize()
         start = time.perf_counter()
         microbatches = list(self.batches.microbatches(self._next_sample()))
-        means = TokenMeans(self.objective.training_losses, self.model.topology)
+        means = TokenMeans(self.objective.training_losses, self.model[-1].topology)
         minimised = self.objective.training_losses[0]
 
         def on_output(hidden: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-            losses = self.objective.training(self.model, hidden, batch, index)
+            losses = self.objective.training(self.model[-1], hidden, batch, index)
             means.add(losses, batch.loss_mask)
             total = (losses[minimised] * batch.loss_mask.t()).sum()
             return total, batch.loss_mask.sum().to(torch.int)
 
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         run_schedule(
             self.wrapped,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import (
@@ -17,15 +18,15 @@ from minitron.model.llama import LlamaModel
 from minitron.train.config import TrainConfig
 
 
-def wrap_model(model: LlamaModel) -> DistributedDataParallel:
-    """Give a model gradient buffers that are summed over its data-parallel replicas.
+def wrap_chunk(chunk: LlamaModel) -> DistributedDataParallel:
+    """Give a chunk of a model gradient buffers that are summed over its data-parallel replicas.
 
     The optimizer's state is sharded over the replicas, even over a single one: its checkpoints
     then fit any number of them.
     """
-    topology = model.topology
+    topology = chunk.topology
     return DistributedDataParallel(
-        config=model.config,
+        config=chunk.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -33,17 +34,20 @@ def wrap_model(model: LlamaModel) -> DistributedDataParallel:
             overlap_param_gather=False,
             check_for_nan_in_grad=False,  # the optimizer's norm tells, without a synchronisation
         ),
-        module=model,
+        module=chunk,
         pg_collection=topology.groups,
     )
 
 
-def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> MegatronOptimizer:
+def build_optimizer(
+    model: Sequence[DistributedDataParallel], config: TrainConfig
+) -> MegatronOptimizer:
     """AdamW with fp32 main weights, decay on matrices alone, clipping by the global norm.
 
     Also hooks the optimizer and the gradient reduction into the model's pipeline schedule.
     """
-    dtype = model.config.params_dtype
+    schedule = model[0].config  # of all chunks
+    dtype = schedule.params_dtype
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -58,15 +62,15 @@ def build_optimizer(model: DistributedDataParallel, config: TrainConfig) -> Mega
             params_dtype=dtype,
             use_distributed_optimizer=True,
         ),
-        [model],
+        list(model),
         use_gloo_process_groups=False,
-        pg_collection=model.module.topology.groups,
+        pg_collection=model[0].module.topology.groups,
     )
     for group in optimizer.param_groups:  # megatron-core leaves this to its own scheduler
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.no_sync_func = model.no_sync
-    model.config.finalize_model_grads_func = finalize_model_grads
+    schedule.grad_scale_func = optimizer.scale_loss
+    schedule.no_sync_func = [c.no_sync for c in model] if len(model) > 1 else model[0].no_sync
+    schedule.finalize_model_grads_func = finalize_model_grads
     return optimizer
 
 

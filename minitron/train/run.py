@@ -10,7 +10,7 @@ whole model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def open_run(recipe: Any) -> None:
 
 def finish_run(
     recipe: Any,
-    model: LlamaModel,
+    model: Sequence[LlamaModel],
     *,
     stage: str,
     parents: Mapping[str, Path],
@@ -106,7 +106,7 @@ def finish_run(
         aside.mkdir()
 
     def publish() -> None:
-        files.write(aside, model.arch)
+        files.write(aside, model[0].arch)
         for file in sorted(aside.iterdir()):
             file.replace(out / file.name)
         aside.rmdir()
@@ -115,7 +115,7 @@ def finish_run(
             stage=stage,
             recipe=config.to_dict(recipe),
             parents=parents,
-            metrics={"num_parameters": model.arch.num_parameters, **metrics},
+            metrics={"num_parameters": model[0].arch.num_parameters, **metrics},
         )
 
     parallel.on_rank_zero(create)
@@ -148,6 +148,7 @@ def open_batches(
         seed=seed,
         **ranks,
     )
+    topology.config.check_num_microbatches(batches.num_microbatches)
     if not data.valid_path:
         return batches, None
     validation = EvalBatches(

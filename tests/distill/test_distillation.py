@@ -19,7 +19,7 @@ from tests.runs import (
     SEQ_LENGTH,
     VOCAB,
     Run,
-    build_model,
+    build_chunks_of,
     build_teacher,
     load_tensors,
     open_batches,
@@ -67,18 +67,19 @@ def run(models, tmp_path):
 def _distill(parallel, run, temperature):
     """Distill, then write the student's gradients and the teacher's weights; state of both."""
     topology = initialize(parallel)
-    student, teacher = build_model(run.model, topology), build_teacher(run.teacher, topology)
+    student = build_chunks_of(run.model, topology)
+    teacher = build_teacher(run.teacher, topology)
     objective = LogitDistillation(teacher, DistillConfig(temperature=temperature))
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     trainer = Trainer(student, objective, batches, None, run.train, run.out)
     trainer.run()
     save_gradients(student, run.out / "gradients")
     (run.out / "teacher").mkdir(exist_ok=True)
-    save_model(teacher.model, run.out / "teacher", dtype=torch.float32)
+    save_model([teacher.model], run.out / "teacher", dtype=torch.float32)
     return {
         "trainable": any(p.requires_grad for p in teacher.model.parameters()),
         "gradients": any(p.grad is not None for p in teacher.model.parameters()),
-        "training": [teacher.model.training, student.training],
+        "training": [teacher.model.training, *{chunk.training for chunk in student}],
     }
 
 

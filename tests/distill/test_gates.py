@@ -137,7 +137,7 @@ def test_damaged_weights_are_named_on_every_rank(tmp_path, topology):
 def _check_start(parallel, run, allow_untrained):
     topology = initialize(parallel)
     teacher = build_teacher(replace(run.teacher, allow_untrained=allow_untrained), topology)
-    student = build_model(run.model, topology)
+    student = [build_model(run.model, topology)]
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     said = []
     with pytest.MonkeyPatch.context() as patch:

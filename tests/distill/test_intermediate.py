@@ -86,12 +86,12 @@ def _train(parallel, run, *, gradients=False):
     model = build_model(run.model, topology, recompute=run.train.recompute)
     objective = build_objective(run, model)
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
-    Trainer(model, objective, batches, None, run.train, run.out).run()
+    Trainer([model], objective, batches, None, run.train, run.out).run()
     if gradients:
-        save_gradients(model, run.out / "gradients")
+        save_gradients([model], run.out / "gradients")
     else:
         runs.on_rank_zero(lambda: (run.out / "model").mkdir())
-        runs.save_model(model, run.out / "model", dtype=torch.float32)
+        runs.save_model([model], run.out / "model", dtype=torch.float32)
     weight = model.companion.weight
     return None if weight is None else weight.detach().clone()
 

@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    save_llama(root / "student", vocab_size=VOCAB, num_hidden_layers=3)
+    save_llama(root / "student", vocab_size=VOCAB)
     save_llama(
         root / "teacher",
         seed=1,
@@ -98,10 +98,10 @@ def test_a_window_changes_no_bit(run, expected, tmp_path, window):
     assert_same(outcome(tmp_path), expected)
 
 
-@pytest.mark.parametrize("topology", ["dp2", "tp2+sp pp2", "pp2 dp2"])
+@pytest.mark.parametrize("topology", ["dp2", "tp2+sp pp2", "pp2 dp2", "pp2 vpp2"])
 def test_a_window_changes_nothing_on_several_ranks(run, tmp_path, topology):
     """Gradients are reduced once, and scaled by the tokens of all windows."""
-    run = replace(run, train=replace(CONFIG, global_batch_size=6))
+    run = replace(run, train=replace(CONFIG, global_batch_size=8))
     found = []
     for window in (None, 2):
         out = tmp_path / str(window)
@@ -117,6 +117,16 @@ def test_a_window_changes_nothing_on_several_ranks(run, tmp_path, topology):
 )
 def test_windows_are_few_and_about_equally_long(count, window, sizes):
     windows = split_windows(range(count), window)
+    assert [len(part) for part in windows] == sizes
+    assert [index for part in windows for index in part] == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "window", "sizes"),
+    [(12, 12, [12]), (12, 11, [4, 8]), (12, 5, [4, 4, 4]), (12, 1, [4, 4, 4]), (7, 4, [4, 3])],
+)
+def test_windows_of_several_chunks_fill_the_stages(count, window, sizes):
+    windows = split_windows(range(count), window, multiple_of=4)
     assert [len(part) for part in windows] == sizes
     assert [index for part in windows for index in part] == list(range(count))
 
@@ -165,6 +175,15 @@ def _error(parallel, config):
 def test_teacher_layers_that_do_not_fill_the_stages_are_refused(run, stages, message):
     config = replace(run.teacher, layers_per_stage=stages)
     assert run_on("pp2", _error, config) == [message, message]
+
+
+def test_a_window_that_does_not_fill_interleaved_stages_is_refused(run):
+    message = (
+        "teacher.window=1 is less than the micro-batches that the student's interleaved stages "
+        "take at a time (parallel.pipeline_model_parallel_size=2); use at least 2"
+    )
+    config = replace(run.teacher, window=1)
+    assert run_on("pp2 vpp2", _error, config) == [message, message]
 
 
 def test_a_window_without_a_micro_batch_is_refused():

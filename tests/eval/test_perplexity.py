@@ -9,7 +9,7 @@ from minitron.data.indexed import TokenStream
 from minitron.eval.perplexity import evaluate
 from minitron.parallel import initialize
 from minitron.train.objective import LanguageModeling
-from tests.runs import SEQ_LENGTH, VOCAB, build_model, run_on, write_tokens
+from tests.runs import SEQ_LENGTH, VOCAB, build_chunks_of, run_on, write_tokens
 from tests.tiny import save_llama
 
 # Ten whole samples and two shorter ones.
@@ -48,7 +48,7 @@ def _expected(model, prefixes):
 
 def _evaluate(parallel, directory, prefixes, micro_batch_size, training):
     topology = initialize(parallel)
-    model = build_model(directory, topology).train(training)
+    model = [chunk.train(training) for chunk in build_chunks_of(directory, topology)]
     batches = EvalBatches(
         open_windows(prefixes, SEQ_LENGTH),
         micro_batch_size=micro_batch_size,
@@ -58,8 +58,8 @@ def _evaluate(parallel, directory, prefixes, micro_batch_size, training):
     )
     objective = LanguageModeling()
     means = evaluate(model, batches, objective.validation, objective.validation_losses)
-    assert model.training == training
-    assert not any(p.grad is not None for p in model.parameters())
+    assert all(chunk.training == training for chunk in model)
+    assert not any(p.grad is not None for chunk in model for p in chunk.parameters())
     return means
 
 
@@ -70,6 +70,7 @@ def _evaluate(parallel, directory, prefixes, micro_batch_size, training):
         ("tp1", 5),  # three rows of padding
         ("tp2+sp", 5),
         ("pp2", 1),
+        ("pp2 vpp2", 5),  # three micro-batches for groups of two
         ("dp2", 5),  # the second rank's last micro-batch is all padding
         ("dp2", 7),
         ("tp2 dp2", 3),

@@ -70,7 +70,7 @@ def _logits_and_copies(parallel, directories, out):
         run_schedule(model, [batch], keep, forward_only=True)
         copy = out / directory.name
         copy.mkdir(exist_ok=True)
-        save_model(model, copy, dtype=torch.float32, base_dir=directory)
+        save_model([model], copy, dtype=torch.float32, base_dir=directory)
     return found
 
 
@@ -107,7 +107,7 @@ def _copy(parallel, directory, out, dtype, max_shard_bytes):
     out.mkdir(exist_ok=True)
     writer = functools.partial(WeightWriter, max_shard_bytes=max_shard_bytes)
     with mock.patch.object(sharding, "WeightWriter", writer):
-        save_model(model, out, dtype=hf.read_dtype(directory), base_dir=directory)
+        save_model([model], out, dtype=hf.read_dtype(directory), base_dir=directory)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -132,7 +132,7 @@ def _gradients(parallel, directory, out, recompute):
     F.cross_entropy(
         logits[..., : arch.vocab_size].flatten(0, 1), batch.labels.t().flatten()
     ).backward()
-    save_gradients(model, out)
+    save_gradients([model], out)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -134,6 +134,8 @@ def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(tmp_path, run, finished
         ("dp2", "tp1"),
         ("tp2 pp2", "dp2"),
         ("dp2", "tp2+sp pp2"),
+        ("tp1", "pp2 vpp2"),
+        ("pp2 vpp2 dp2", "pp2"),
     ],
 )
 def test_a_run_goes_on_with_other_ranks(tmp_path, run, finished, saved, resumed):
@@ -183,9 +185,9 @@ def _export(parallel, model_dir, checkpoint, out):
     topology = initialize(parallel)
     arch, _ = open_model(model_dir)
     model = build_llama(arch, topology, None, dtype=torch.float32)
-    position = load_checkpoint(checkpoint, model)
+    position = load_checkpoint(checkpoint, [model])
     out.mkdir(exist_ok=True)
-    save_model(model, out, dtype=torch.float32, base_dir=checkpoint)
+    save_model([model], out, dtype=torch.float32, base_dir=checkpoint)
     return position.step
 
 
@@ -210,7 +212,7 @@ def _save_three(parallel, model_dir, directory):
     topology = initialize(parallel)
     model = build_model(model_dir, topology)
     for step in (1, 2, 3):
-        save_checkpoint(directory, Position(step), model, keep=2)
+        save_checkpoint(directory, Position(step), [model], keep=2)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, run):
@@ -228,7 +230,7 @@ def _load_damaged(parallel, model_dir, checkpoints):
     messages = {}
     for name, path in checkpoints.items():
         try:
-            load_checkpoint(path, build_model(model_dir, topology))
+            load_checkpoint(path, [build_model(model_dir, topology)])
         except MinitronError as error:
             messages[name] = str(error)
     return messages

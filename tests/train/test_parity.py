@@ -33,6 +33,7 @@ CASES = {
     "lm tied": {"tied": True, "distill": False},
     "kd": {"tied": False, "distill": True},
     "kd tied": {"tied": True, "distill": True},
+    "kd deep": {"tied": False, "distill": True, "num_layers": 8},
 }
 TOPOLOGIES = ("tp1", "tp2", "tp2+sp", "pp2", "dp2", "tp2 pp2", "tp2 dp2")
 
@@ -46,8 +47,13 @@ class Expected:
     weights: dict[str, torch.Tensor]
 
 
-def _expect(directory, *, tied, distill):
-    student = save_llama(directory / "student", vocab_size=VOCAB, tie_word_embeddings=tied)
+def _expect(directory, *, tied, distill, num_layers=4):
+    student = save_llama(
+        directory / "student",
+        vocab_size=VOCAB,
+        tie_word_embeddings=tied,
+        num_hidden_layers=num_layers,
+    )
     teacher = None
     if distill:
         teacher = save_llama(
@@ -101,6 +107,9 @@ def differences(expected, out):
         ("tp2 pp2", "lm tied"),
         ("pp2 uneven", "kd"),
         ("pp4", "kd tied"),
+        *(("pp2 vpp2", case) for case in ("lm", "lm tied", "kd", "kd tied")),
+        *((topology, "kd deep") for topology in ("pp2 vpp2 uneven", "pp4 vpp2")),
+        *((topology, "kd tied") for topology in ("tp2+sp pp2 vpp2", "pp2 vpp2 dp2")),
         ("tp2+sp", "kd"),
     ],
 )

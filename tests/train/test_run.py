@@ -141,7 +141,7 @@ def _finish(parallel, recipe, model_dir):
     open_run(recipe)
     finish_run(
         recipe,
-        model,
+        [model],
         stage="train",
         parents={"model": model_dir},
         metrics={"val_loss": 1.5},

@@ -78,9 +78,9 @@ def _distill(parallel, run, store):
     teacher = StoredTeacher(LogitStore(store), is_last_stage=topology.is_last_stage)
     objective = StoredDistillation(teacher, DistillConfig(temperature=TEMPERATURE))
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
-    trainer = Trainer(student, objective, batches, validation, run.train, run.out)
+    trainer = Trainer([student], objective, batches, validation, run.train, run.out)
     trainer.run()
-    save_gradients(student, run.out / "gradients")
+    save_gradients([student], run.out / "gradients")
 
 
 def _run(world, out, topology, store, train=CONFIG):
