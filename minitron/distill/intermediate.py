@@ -98,12 +98,13 @@ class IntermediateConfig:
         """
         if "attention_relation" in self.states:
             _check_heads(student, teacher)
+        of_layers = [state for state in self.states if state != "embedding"]
         layers = [
             (
                 _layer(self, ours, student.num_layers, "student"),
                 _layer(self, theirs, teacher.num_layers, "teacher"),
             )
-            for ours, theirs in self.layers
+            for ours, theirs in (self.layers if of_layers else ())
         ]
         return [
             Pair(Site(state, ours), Site(state, theirs))

@@ -389,6 +389,13 @@ def test_the_default_is_the_papers_pair():
     assert IntermediateConfig().pairs(STUDENT, TEACHER) == []
 
 
+def test_layers_that_nothing_is_compared_at_need_not_exist():
+    shallow = hf.architecture_from_config(tiny_config(num_hidden_layers=1).to_dict())
+    assert IntermediateConfig().pairs(shallow, TEACHER) == []
+    (pair,) = IntermediateConfig(states=["embedding"]).pairs(shallow, TEACHER)
+    assert pair.name == "intermediate/embedding"
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
