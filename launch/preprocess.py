@@ -87,7 +87,7 @@ def _tokenizer(recipe: Recipe, paths: list[Path], prefix: Path) -> Tokenizer:
     files = [file for path in paths for file in find_files(path)]
     with artifact.publish(out, overwrite=recipe.overwrite) as directory:
         log(f"training a tokenizer of {recipe.tokenizer.train_vocab_size} pieces")
-        texts = (document.text() for document in read_raw(files))
+        texts = (text for document in read_raw(files) for text in document.parts())
         train_sentencepiece(texts, recipe.tokenizer.train_vocab_size, directory)
         artifact.write_manifest(
             directory, stage="preprocess", recipe=config.to_dict(recipe), parents={}

@@ -14,12 +14,11 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from minitron.data.indexed import TokenStream
 from minitron.data.preprocess import DEFAULT_WORKERS, check_tokenizer, tokenised_prefix
-from minitron.data.sampling import Blend, TokenWindows
+from minitron.data.sampling import Blend, Sample, TokenWindows
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 
@@ -31,7 +30,8 @@ class DataConfig:
     """Where text or tokens come from, and how they are cut into samples."""
 
     path: list[str]
-    """A .txt file, a .jsonl file with a `text` field, a directory of such files, or the prefix of a
+    """A .txt file, a .jsonl file with a `text` field (or `prompt` and `response`, of which only the
+    response is learnt), a directory of such files, or the prefix of a
     .bin/.idx pair. Several are read as one, or blended if each is given as WEIGHT:PATH. Text is
     tokenised once, into $MINITRON_CACHE (default ~/.cache/minitron/data)."""
     valid_path: list[str] = field(default_factory=list)
@@ -142,7 +142,7 @@ class Batch:
     labels: Tensor
     """[b, s] int64, the token that follows each input."""
     loss_mask: Tensor
-    """[b, s] float32, 1 where the label counts and 0 on padding."""
+    """[b, s] float32, 1 where the label counts, 0 on padding and where it belongs to a prompt."""
     position_ids: Tensor
     """[b, s] int64, 0 to s - 1."""
     valid: Tensor
@@ -158,24 +158,17 @@ class Batch:
         )
 
 
-def collate(
-    samples: Sequence[NDArray[np.int64]],
-    sample_ids: Sequence[tuple[int, int]],
-    *,
-    size: int,
-    seq_length: int,
-) -> Batch:
+def collate(samples: Sequence[Sample], *, size: int, seq_length: int) -> Batch:
     """Stack samples of up to S + 1 tokens into a batch, filling rows and batch with padding."""
     ids = np.full((size, 2), -1, np.int64)
-    for row, sample_id in enumerate(sample_ids):
-        ids[row] = sample_id
     tokens, labels = np.zeros((2, size, seq_length), np.int64)
     loss_mask = np.zeros((size, seq_length), np.float32)
     for row, sample in enumerate(samples):
-        length = len(sample) - 1
-        tokens[row, :length] = sample[:-1]
-        labels[row, :length] = sample[1:]
-        loss_mask[row, :length] = 1
+        length = len(sample.counted)
+        ids[row] = sample.id
+        tokens[row, :length] = sample.tokens[:-1]
+        labels[row, :length] = sample.tokens[1:]
+        loss_mask[row, :length] = sample.counted
     return Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -239,7 +232,6 @@ class TrainBatches:
             indices = range(start, start + self._micro_batch_size)
             yield collate(
                 [self.source.read(index, seed=self.seed) for index in indices],
-                [self.source.sample_id(index, seed=self.seed) for index in indices],
                 size=self._micro_batch_size,
                 seq_length=self.seq_length,
             )
@@ -297,10 +289,8 @@ class EvalBatches:
         for number in range(len(self)):
             first = number * self.samples_per_microbatch + self._offset
             last = min(first + self._micro_batch_size, self.num_samples)
-            located = [self._locate(index) for index in range(first, last)]
             yield collate(
-                [_sample(window, position) for window, position in located],
-                [window.sample_id(position) for window, position in located],
+                [self._read(index) for index in range(first, last)],
                 size=self._micro_batch_size,
                 seq_length=self._windows[0].seq_length,
             )
@@ -311,10 +301,10 @@ class EvalBatches:
             window, position = self._locate(index)
             yield window.sample_id(position)
 
+    def _read(self, index: int) -> Sample:
+        window, position = self._locate(index)
+        return window[position]
+
     def _locate(self, index: int) -> tuple[TokenWindows, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self._windows[number], index - int(self._ends[number]) + self._counts[number]
-
-
-def _sample(window: TokenWindows, position: int) -> NDArray[np.int64]:
-    return window[position] if position < len(window) else window.remainder()

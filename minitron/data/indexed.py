@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.metrics import progress
 
@@ -86,6 +87,31 @@ class TokenStream:
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"[{start}, {stop}) is not within {self.num_tokens} tokens")
         return self._tokens[start:stop].astype(np.int64)
+
+    def is_prompt(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the tokens [start, stop) belong to prompts, which are read but not learnt.
+
+        Where `PREFIX.json` says that documents begin with prompts, the prompt is the first sequence
+        of a document of several.
+        """
+        found = np.zeros(stop - start, bool)
+        if not self._has_prompts:
+            return found
+        size = self.dtype.itemsize
+        first, last = np.searchsorted(self._pointers, [start * size, stop * size - 1], side="right")
+        for sequence in range(int(first) - 1, int(last)):
+            document = int(np.searchsorted(self._documents, sequence, side="right")) - 1
+            boundaries = self._documents[document : document + 2]
+            if sequence == boundaries[0] and boundaries[1] - boundaries[0] > 1:
+                begin = int(self._pointers[sequence]) // size - start
+                found[max(begin, 0) : max(begin + int(self._lengths[sequence]), 0)] = True
+        return found
+
+    @functools.cached_property
+    def _has_prompts(self) -> bool:
+        path = Path(f"{self.prefix}.json")
+        record = artifact.read_json(path) if path.exists() else None
+        return isinstance(record, dict) and bool(record.get("prompts"))
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuse token ids that a model with `vocab_size` embeddings cannot look up.

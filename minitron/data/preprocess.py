@@ -1,7 +1,8 @@
 """Text to token files: parallel, in order, complete or absent.
 
 Documents are tokenised by worker processes and written by this one, in the order of the files, so
-that the result does not depend on the number of workers. Each ends with the tokenizer's EOD.
+that the result does not depend on the number of workers. Each ends with the tokenizer's EOD. One
+with a prompt is two sequences of the index; the record then says that there are prompts.
 Files get their names when they are complete, the `.idx` last. `PREFIX.json` beside them records
 which tokenizer made them and from what.
 """
@@ -46,8 +47,9 @@ class SourceConfig:
     """Text to tokenise."""
 
     path: list[str]
-    """A .txt file (one document), a .jsonl file (one document a line, in the field `text`), or a
-    directory of such files; several are tokenised one after the other."""
+    """A .txt file (one document), a .jsonl file (one document a line, in the field `text`, or in
+    `prompt` and `response`, of which the prompt is read but not learnt), or a directory of such
+    files; several are tokenised one after the other."""
     workers: int = DEFAULT_WORKERS
     """Most processes to use; fewer where there are fewer cores or little text."""
 
@@ -232,16 +234,17 @@ def _write(
 
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    num_documents = num_tokens = 0
+    num_documents = num_tokens = num_prompts = 0
     bar: Progress
     with (
         contextlib.closing(builder.data_file),
         progress(total=num_bytes, desc="tokenising", unit="B") as bar,
     ):
         for documents, done_bytes in _encode_all(files, tokenizer, workers):
-            for document in documents:
-                builder.add_document(document, [len(document)])
-                num_tokens += len(document)
+            for parts in documents:
+                builder.add_document(np.concatenate(parts), [len(part) for part in parts])
+                num_tokens += sum(len(part) for part in parts)
+                num_prompts += len(parts) - 1
             num_documents += len(documents)
             bar.update(done_bytes)
         if num_documents == 0:
@@ -250,11 +253,11 @@ def _write(
                 f"give {TEXT_FORMS}"
             )
         builder.finalize(f"{prefix}.idx")
-    return {"documents": num_documents, "tokens": num_tokens}
+    return {"documents": num_documents, "tokens": num_tokens, "prompts": num_prompts}
 
 
-Encoded = tuple[list[NDArray[np.int32]], int]
-"""The tokens of some documents, and the bytes that they took in their files."""
+Encoded = tuple[list[list[NDArray[np.int32]]], int]
+"""The tokens of some documents, part by part, and the bytes that they took in their files."""
 
 
 def _encode_all(files: Sequence[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
@@ -294,11 +297,13 @@ def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 
 
 def _encode(tokenizer: Tokenizer, chunk: Sequence[RawDocument]) -> Encoded:
-    texts = (document.text() for document in chunk)
-    encoded = [
-        np.array([*tokenizer.encode(text), tokenizer.eod], dtype=np.int32) for text in texts if text
-    ]
-    return encoded, sum(len(document.data) for document in chunk)
+    documents = []
+    for parts in (document.parts() for document in chunk):
+        if any(parts):
+            tokens = [tokenizer.encode(part) for part in parts]
+            tokens[-1].append(tokenizer.eod)
+            documents.append([np.array(part, dtype=np.int32) for part in tokens])
+    return documents, sum(len(document.data) for document in chunk)
 
 
 _worker_tokenizer: Tokenizer

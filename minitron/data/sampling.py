@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,17 @@ from minitron.errors import MinitronError
 _ROUNDS = 8
 # Weights that no shorter period can express are rounded to fractions of this many samples.
 _MAX_PERIOD = 1 << 16
+
+
+class Sample(NamedTuple):
+    """Inputs and labels, before they are stacked into batches."""
+
+    tokens: NDArray[np.int64]
+    """[S + 1], or fewer at the end of a stream: each input's label is the token after it."""
+    counted: NDArray[np.bool_]
+    """[S] labels to learn; those of a prompt are not."""
+    id: tuple[int, int]
+    """Its stream's fingerprint and its number there, which name it wherever it is read."""
 
 
 class TokenWindows:
@@ -38,12 +50,15 @@ class TokenWindows:
     def __len__(self) -> int:
         return (self.stream.num_tokens - 1) // self.seq_length
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """The [S + 1] tokens of a sample."""
-        if not 0 <= index < len(self):
+    def __getitem__(self, index: int) -> Sample:
+        """A sample; the one after the last full one is the remainder, of 2 to S tokens."""
+        if not 0 <= index < len(self) + self.has_remainder:
             raise IndexError(f"sample {index} of {len(self)}")
         start = index * self.seq_length
-        return self.stream.read(start, start + self.seq_length + 1)
+        stop = min(start + self.seq_length + 1, self.stream.num_tokens)
+        tokens = self.stream.read(start, stop)
+        counted = ~self.stream.is_prompt(start + 1, stop)
+        return Sample(tokens, counted, self.sample_id(index))
 
     def sample_id(self, index: int) -> tuple[int, int]:
         """What names a sample wherever it is read: its stream's fingerprint and its number."""
@@ -53,12 +68,6 @@ class TokenWindows:
     def has_remainder(self) -> bool:
         """True where tokens are left to predict after the last full sample."""
         return (self.stream.num_tokens - 1) % self.seq_length > 0
-
-    def remainder(self) -> NDArray[np.int64]:
-        """The last, shorter sample: between 2 and S tokens."""
-        if not self.has_remainder:
-            raise ValueError("the stream is all full samples")
-        return self.stream.read(len(self) * self.seq_length, self.stream.num_tokens)
 
     def check_not_empty(self) -> None:
         """Refuse a stream that is shorter than one sample."""
@@ -125,8 +134,8 @@ class Blend:
         dataset, sample = self.locate(index, seed=seed)
         return self.datasets[dataset].sample_id(sample)
 
-    def read(self, index: int, *, seed: int) -> NDArray[np.int64]:
-        """The [S + 1] tokens of the sample at `index` of the sequence that `seed` shuffles."""
+    def read(self, index: int, *, seed: int) -> Sample:
+        """The sample at `index` of the sequence that `seed` shuffles."""
         dataset, sample = self.locate(index, seed=seed)
         return self.datasets[dataset][sample]
 

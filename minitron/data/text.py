@@ -16,8 +16,8 @@ from minitron.errors import MinitronError
 
 SUFFIXES = (".txt", ".jsonl")
 TEXT_FORMS = (
-    "a .txt file (one document), a .jsonl file (one document a line, in the field `text`), "
-    "or a directory of such files"
+    "a .txt file (one document), a .jsonl file (one document a line, in the field `text` or in "
+    "`prompt` and `response`), or a directory of such files"
 )
 
 
@@ -29,23 +29,26 @@ class RawDocument(NamedTuple):
     data: bytes
     is_json: bool
 
-    def text(self) -> str:
-        """Decode the document; a blank line of a `.jsonl` file is an empty one.
+    def parts(self) -> tuple[str, ...]:
+        """Decode the document: its text, or a prompt and the response to it.
+
+        Returns:
+            One or two texts; none for a blank line of a `.jsonl` file.
 
         Raises:
-            MinitronError: it is not UTF-8, or not a JSON object with a text.
+            MinitronError: it is not UTF-8, or not a JSON object with such texts.
         """
         if self.is_json and not self.data.strip():
-            return ""
+            return ()
         try:
-            return self._json_text() if self.is_json else self.data.decode("utf-8")
+            return self._json_parts() if self.is_json else (self.data.decode("utf-8"),)
         except UnicodeDecodeError as error:
             raise MinitronError(
                 f"{self.place}: byte {error.start} is not UTF-8 ({error.reason}); "
                 "convert the file to UTF-8"
             ) from None
 
-    def _json_text(self) -> str:
+    def _json_parts(self) -> tuple[str, ...]:
         try:
             record = json.loads(self.data)
         except json.JSONDecodeError as error:
@@ -53,21 +56,25 @@ class RawDocument(NamedTuple):
                 f"{self.place}: not valid JSON ({error.msg} at column {error.colno}); "
                 "every line of a .jsonl file is one JSON object"
             ) from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            found = f"keys {', '.join(record)}" if isinstance(record, dict) else "no object"
-            raise MinitronError(
-                f"{self.place}: there is no text in the field `text` ({found}); "
-                "every line of a .jsonl file holds its document there"
-            )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise MinitronError(
-                f"{self.place}: `text` holds half a surrogate pair at character {error.start}, "
-                "which is no Unicode text; repair or drop that line"
-            ) from None
-        return text
+        fields: tuple[str, ...] = ("text",)
+        if isinstance(record, dict) and "text" not in record and "response" in record:
+            fields = ("prompt", "response")
+        for field in fields:
+            text = record.get(field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                found = f"keys {', '.join(record)}" if isinstance(record, dict) else "no object"
+                raise MinitronError(
+                    f"{self.place}: there is no text in the field `{field}` ({found}); every line "
+                    "of a .jsonl file holds its document there, or a `prompt` and a `response`"
+                )
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise MinitronError(
+                    f"{self.place}: `{field}` holds half a surrogate pair at character "
+                    f"{error.start}, which is no Unicode text; repair or drop that line"
+                ) from None
+        return tuple(record[field] for field in fields)
 
 
 def find_files(path: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minitron import platform
 from minitron.data.batches import Batch, collate
+from minitron.data.sampling import Sample
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import run_schedule
 from minitron.ops.cross_entropy import cross_entropy
@@ -41,8 +42,8 @@ def score_continuations(
     """
     topology = model.topology
     longest = model.arch.max_position_embeddings + 1  # the last token is no input
-    samples = [np.array([*context, *after])[-longest:] for context, after in requests]
-    order = sorted(range(len(samples)), key=lambda i: -len(samples[i]))
+    samples = [_sample(i, *request, longest) for i, request in enumerate(requests)]
+    order = sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens))
     chunks = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
     mine = chunks[topology.dp_rank :: topology.dp_size]
     # Of each request, the log-probability and the number of tokens that are not the likeliest.
@@ -51,18 +52,11 @@ def score_continuations(
     group_size = 4 * topology.pp_size  # micro-batches that keep a pipeline busy
     for first in range(0, len(mine), group_size):
         group = mine[first : first + group_size]
-        length = -(-(len(samples[group[0][0]]) - 1) // unit) * unit
+        length = -(-len(samples[group[0][0]].counted) // unit) * unit
         batches = []
         for chunk in group:
-            batch = collate(
-                [samples[i] for i in chunk],
-                [(0, i) for i in chunk],
-                size=micro_batch_size,
-                seq_length=length,
-            )
-            for row, i in enumerate(chunk):
-                batch.loss_mask[row, : len(samples[i]) - 1 - len(requests[i][1])] = 0
-            batches.append(batch)
+            rows = [samples[i] for i in chunk]
+            batches.append(collate(rows, size=micro_batch_size, seq_length=length))
 
         def see(hidden: Tensor, batch: Batch, index: int, group: list[list[int]] = group) -> None:
             chunk = group[index]
@@ -73,6 +67,13 @@ def score_continuations(
         results.zero_()  # tensor-parallel ranks hold the same
     dist.all_reduce(results)
     return [(score, misses == 0) for score, misses in results.tolist()]
+
+
+def _sample(number: int, context: Sequence[int], after: Sequence[int], longest: int) -> Sample:
+    """The request as a sample, of whose labels the continuation counts."""
+    tokens = np.array([*context, *after])[-longest:]
+    labels = np.arange(len(tokens) - 1)
+    return Sample(tokens, labels >= len(labels) - len(after), (0, number))
 
 
 def _score(model: LlamaModel, hidden: Tensor, batch: Batch) -> Tensor:

@@ -47,7 +47,7 @@ def test_training_batch_holds_inputs_and_next_tokens(write_windows):
     assert (batches.num_microbatches, batches.seq_length) == (4, 4)
     for number, batch in enumerate(batches.microbatches(3 * 8)):
         for row in range(2):
-            sample = source.read(3 * 8 + number * 2 + row, seed=5)
+            sample = source.read(3 * 8 + number * 2 + row, seed=5).tokens
             assert batch.tokens[row].tolist() == sample[:-1].tolist()
             assert batch.labels[row].tolist() == sample[1:].tolist()
         assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
@@ -69,7 +69,7 @@ def test_a_sample_has_one_name_in_any_batch(write_windows):
                 for (stream, number), tokens in zip(
                     batch.sample_ids.tolist(), batch.tokens, strict=True
                 ):
-                    assert streams[stream][number][:-1].tolist() == tokens.tolist()
+                    assert streams[stream][number].tokens[:-1].tolist() == tokens.tolist()
                     named[stream, number] = tokens
     assert len(named) == 9
     for batch in eval_batches(sources, micro=4, remainder=False):
@@ -92,7 +92,7 @@ def test_batch_moves_to_a_device(write_windows):
 def test_ranks_together_read_the_global_batch(write_windows, size, weights):
     source = Blend([write_windows(9), write_windows(5, start=50, name="b")], weights)
     for step in (0, 1, 7):
-        expected = [source.read(step * 8 + j, seed=5)[0] for j in range(8)]
+        expected = [source.read(step * 8 + j, seed=5).tokens[0] for j in range(8)]
         ranks = [list(train_batches(source, r, size).microbatches(step * 8)) for r in range(size)]
         rows = [
             batch.tokens[row, 0].item()
@@ -203,8 +203,8 @@ def test_text_and_tokens_are_prepared_and_opened(
     assert (drawn.count(0), drawn.count(1)) == (1, 12)
     (windows,) = open_windows(prepared.valid_path, prepared.seq_length)
     assert (
-        tokenizer.decode(windows[0][:16].tolist())
-        == documents[0][: len(tokenizer.decode(windows[0][:16].tolist()))]
+        tokenizer.decode(windows[0].tokens[:16].tolist())
+        == documents[0][: len(tokenizer.decode(windows[0].tokens[:16].tolist()))]
     )
 
 

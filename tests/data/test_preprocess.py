@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from minitron.data import preprocess as preprocess_module
+from minitron.data.batches import collate
 from minitron.data.indexed import TokenStream
 from minitron.data.preprocess import check_tokenizer, preprocess, tokenised_prefix
+from minitron.data.sampling import TokenWindows
 from minitron.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from minitron.errors import MinitronError
 
@@ -38,6 +40,46 @@ def read_documents(prefix):
 
     dataset = IndexedDataset(str(prefix))
     return [dataset[i].tolist() for i in range(len(dataset))]
+
+
+def test_prompts_are_read_but_not_learnt(tokenizer, tmp_path):
+    lines = [
+        {"prompt": "What is a window?", "response": "An opening.", "id": 3},
+        {"text": "def plain(): pass"},
+        {"prompt": "", "response": "Nothing was asked."},
+        {"prompt": "Silence", "response": ""},
+        {"prompt": "", "response": ""},
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    record = preprocess([tmp_path / "asked.jsonl"], tokenizer, tmp_path / "asked")
+    assert (record["documents"], record["prompts"]) == (4, 3)
+
+    tokens, learnt = [], []
+    for line in lines[:-1]:
+        prompt = tokenizer.encode(line.get("prompt", ""))
+        text = line["text"] if "text" in line else line["response"]
+        answer = [*tokenizer.encode(text), tokenizer.eod]
+        tokens += prompt + answer
+        learnt += [False] * len(prompt) + [True] * len(answer)
+    stream = TokenStream(tmp_path / "asked")
+    assert stream.read(0, stream.num_tokens).tolist() == tokens
+    for start in range(len(tokens)):
+        for stop in range(start + 1, len(tokens) + 1):
+            expected = [not counts for counts in learnt[start:stop]]
+            assert stream.is_prompt(start, stop).tolist() == expected
+
+    windows = TokenWindows(stream, 5)
+    batch = collate([windows[i] for i in range(len(windows))], size=len(windows), seq_length=5)
+    assert batch.loss_mask.flatten().tolist() == learnt[1 : 1 + 5 * len(windows)]
+
+
+def test_sequences_are_prompts_only_where_the_record_says_so(tokenizer, tmp_path):
+    text = json.dumps({"prompt": "What is a window?", "response": "An opening."})
+    (tmp_path / "asked.jsonl").write_text(text)
+    preprocess([tmp_path / "asked.jsonl"], tokenizer, tmp_path / "asked")
+    (tmp_path / "asked.json").unlink()
+    stream = TokenStream(tmp_path / "asked")
+    assert not stream.is_prompt(0, stream.num_tokens).any()
 
 
 def test_documents_are_encoded_in_order_and_end_with_eod(corpus, tokenizer, tmp_path):

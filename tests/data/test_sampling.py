@@ -14,7 +14,7 @@ from minitron.errors import MinitronError
 def test_windows_share_one_token(write_tokens):
     stream = TokenStream(write_tokens([range(10), range(10, 13)]))
     windows = TokenWindows(stream, 4)
-    assert [w.tolist() for w in map(windows.__getitem__, range(3))] == [
+    assert [w.tokens.tolist() for w in map(windows.__getitem__, range(3))] == [
         [0, 1, 2, 3, 4],
         [4, 5, 6, 7, 8],
         [8, 9, 10, 11, 12],
@@ -27,10 +27,10 @@ def test_windows_share_one_token(write_tokens):
 @pytest.mark.parametrize("num_tokens", [2, 4, 5, 6, 8, 9, 10, 23])
 def test_windows_and_remainder_predict_every_token_once(write_tokens, num_tokens):
     windows = TokenWindows(TokenStream(write_tokens([range(num_tokens)])), 4)
-    samples = [windows[i] for i in range(len(windows))]
+    samples = [windows[i].tokens for i in range(len(windows))]
     assert all(len(sample) == 5 for sample in samples)
     if windows.has_remainder:
-        samples.append(windows.remainder())
+        samples.append(windows[len(windows)].tokens)
         assert 2 <= len(samples[-1]) <= 4
     labels = np.concatenate([sample[1:] for sample in samples])
     assert labels.tolist() == list(range(1, num_tokens))
@@ -86,7 +86,7 @@ def test_read_gives_the_tokens_of_the_located_sample(write_windows):
         for index in range(20):
             dataset, sample = blend.locate(index, seed=3)
             start = 100 * dataset + 4 * sample
-            assert blend.read(index, seed=3).tolist() == list(range(start, start + 5))
+            assert blend.read(index, seed=3).tokens.tolist() == list(range(start, start + 5))
 
 
 def random_weights(rng):

@@ -51,7 +51,8 @@ def library(tmp_path, monkeypatch):
 
 
 def texts(directory, name):
-    return [document.text() for document in read_raw([directory / f"{name}.jsonl"])]
+    raw = read_raw([directory / f"{name}.jsonl"])
+    return [text for document in raw for text in document.parts()]
 
 
 def test_the_library_is_found_without_its_tests_and_the_packages_installed():

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minitron import artifact
 from minitron.data.batches import Batch, DataConfig, collate, open_train, open_windows
-from minitron.data.sampling import TokenWindows
+from minitron.data.sampling import Sample, TokenWindows
 from minitron.distill.offline.block import MAX_ID, FloatType, encode_draws, encode_top_k
 from minitron.distill.offline.files import (
     SAMPLES,
@@ -114,10 +114,10 @@ class SampleSet:
     keys: NDArray[np.int64]
     """`sample_key`s, ascending; streams are counted as in `streams`."""
 
-    def read(self, key: int) -> tuple[NDArray[np.int64], tuple[int, int]]:
-        """The [s + 1] tokens of a sample, and its `sample_id`."""
+    def read(self, key: int) -> Sample:
+        """The sample of a key."""
         stream, number = split_key(key)
-        return self.streams[stream][number], self.streams[stream].sample_id(number)
+        return self.streams[stream][number]
 
 
 def choose_samples(data: DataConfig, *, max_samples: int | None, seed: int) -> SampleSet:
@@ -272,9 +272,8 @@ def _grouped(
     group: list[Batch] = []
     for first in range(0, len(keys), micro_batch_size):
         read = [samples.read(int(key)) for key in keys[first : first + micro_batch_size]]
-        tokens, names = zip(*read, strict=True)
         seq_length = samples.streams[0].seq_length
-        group.append(collate(tokens, names, size=micro_batch_size, seq_length=seq_length))
+        group.append(collate(read, size=micro_batch_size, seq_length=seq_length))
         if len(group) == group_size:
             yield group
             group = []
