@@ -66,7 +66,8 @@ def open_run(recipe: Any) -> None:
     """Create the run's directory and save the recipe in it; call on all ranks.
 
     With `recipe.resume` an earlier attempt's directory is taken over if its recipe agrees; with
-    `recipe.allow_change` batches, samples and the learning rate's schedule may be others.
+    `recipe.allow_change`, where the stage knows that, batches, samples and the learning rate's
+    schedule may be others.
 
     Raises:
         MinitronError: the directory is not empty and neither resume nor overwrite is asked for, or
@@ -180,7 +181,7 @@ def _check_same_recipe(recipe: Any, path: Path) -> None:
         if old.get(key) != new.get(key)
         and not any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
     }
-    changeable = changed.keys() <= set(_CHANGEABLE_KEYS)
+    changeable = hasattr(recipe, "allow_change") and changed.keys() <= set(_CHANGEABLE_KEYS)
     if changed and not (changeable and recipe.allow_change):
         remedy = "take the old values or another --out"
         if changeable:

@@ -1,0 +1,277 @@
+"""Search the best smaller shape of a model under budgets: count, prune, race."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minitron import artifact, config, platform
+from minitron.data.batches import DataConfig
+from minitron.data.tokenizer import find_tokenizer
+from minitron.distill.losses import DistillConfig, LogitDistillation
+from minitron.distill.teacher import Teacher
+from minitron.errors import MinitronError
+from minitron.metrics import log, progress
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.model.llama import build_llama
+from minitron.model.sharding import open_model
+from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero, publish
+from minitron.platform import Precision
+from minitron.prune.scores import ImportanceScores, check_origin, check_scores, load_scores
+from minitron.search.cost import DeploymentConfig, LatencyMeter, memory_gb
+from minitron.search.plot import plot_race
+from minitron.search.race import RaceConfig, run_race
+from minitron.search.results import Candidate, Results, load_results
+from minitron.search.space import SIZES, BudgetConfig, GridConfig, find_shapes
+from minitron.search.trials import Trials, check_candidate
+from minitron.stage import run
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.config import TrainConfig
+from minitron.train.run import open_batches, open_run
+
+BEST_DIR = "best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """The model to make smaller; it is the teacher too."""
+
+    path: Path
+    """Its Hugging Face directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresSource:
+    """Importance scores of that model."""
+
+    path: Path
+    """Directory that launch/importance.py wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Search the best smaller shape of a model: count what every shape of a grid costs, prune the
+    model to those that fit the budgets and measure their loss, then distill the best of them for a
+    while, the worse part dropping out at every rung. The winner is written as a model, in the
+    directory `best`, and its shape is what a full distillation should start from.
+    """
+
+    model: ModelSource
+    """The model to make smaller; it is the teacher too."""
+    scores: ScoresSource
+    """Its importance scores."""
+    grid: GridConfig = field(default_factory=GridConfig)
+    """The shapes to look at."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """The limits that they must keep."""
+    deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
+    """What memory and latency are counted for."""
+    list_only: bool = False
+    """Only print the shapes that fit and what they cost; one process is enough."""
+    data: DataConfig
+    """Data of the race, and of validation, which decides."""
+    out: Path
+    """Directory of the search."""
+    race: RaceConfig = field(default_factory=RaceConfig)
+    """Who is distilled for how long."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The loss of the race."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=400))
+    """Steps, batches, optimizer of the race."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks share the work; the result is the same."""
+    precision: Precision = "fp32"
+    """Of weights and activations; the optimizer keeps fp32 main weights."""
+    seed: int = 1234
+    """Of the order of the samples, which is the same for all shapes."""
+    overwrite: bool = False
+    """Replace `out` if minitron wrote it."""
+    resume: bool = False
+    """Go on with the search in `out`, from what was measured and from its newest checkpoints;
+    starts anew if there is none."""
+
+    def __post_init__(self) -> None:
+        self.race.all_rungs(self.train.steps)
+        if not self.data.valid_path:
+            raise MinitronError("shapes are compared by validation loss; give --data.valid_path")
+        if self.parallel.layers_per_stage is not None:
+            raise MinitronError(
+                f"parallel.layers_per_stage={self.parallel.layers_per_stage} suits one depth only; "
+                "leave it out, and the layers of every shape are spread evenly"
+            )
+
+
+def main(recipe: Recipe) -> None:
+    """Count, prune, race, and write the winner."""
+    topology = initialize(recipe.parallel, seed=recipe.seed)
+    source = hf.read_architecture(recipe.model.path)
+    rungs = recipe.race.all_rungs(recipe.train.steps)
+    if recipe.list_only:
+        results = on_rank_zero(lambda: _count(recipe, source))
+        if is_rank_zero():
+            print(results.table(()), flush=True)
+        return
+    inputs = [recipe.model.path, recipe.scores.path]
+    on_rank_zero(
+        lambda: artifact.check_out(
+            recipe.out, overwrite=recipe.overwrite, resume=recipe.resume, inputs=inputs
+        )
+    )
+    source, weights = open_model(recipe.model.path)
+    scores = on_rank_zero(lambda: _scores(recipe, source))
+    tokenizer = find_tokenizer(recipe.model.path)
+    batches, validation = open_batches(
+        recipe.data,
+        recipe.train,
+        topology,
+        tokenizer=tokenizer,
+        vocab_size=source.vocab_size,
+        seed=recipe.seed,
+    )
+    assert validation is not None, "the recipe has checked"
+    open_run(recipe)
+    results = on_rank_zero(lambda: load_results(recipe.out, source) or _count(recipe, source))
+    dtype = platform.DTYPES[recipe.precision]
+    files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
+    trials = Trials(
+        source, weights, scores, topology, batches, validation, recipe.train, files, recipe.out
+    )
+    teacher = Teacher(build_llama(source, topology, weights, dtype=dtype))
+
+    def save() -> None:
+        on_rank_zero(lambda: results.save(recipe.out))
+
+    if results.source_loss is None:
+        results.source_loss = trials.loss(teacher.model)
+        save()
+    _measure_pruned(results, trials, save)
+    best = _race(recipe, results, trials, LogitDistillation(teacher, recipe.distill), save)
+    _write_best(recipe, results, trials, best)
+    if is_rank_zero():
+        print(results.table(rungs), flush=True)
+        print(f"\n{_advice(recipe, source, best)}\nwrote {recipe.out}", flush=True)
+
+
+def _count(recipe: Recipe, source: Architecture) -> Results:
+    """All shapes that fit, with what they cost."""
+    use = recipe.deployment
+    costs: dict[str, Callable[[Architecture], float]] = {
+        "params": lambda arch: arch.num_parameters,
+        "non_embedding_params": lambda arch: arch.num_non_embedding_parameters,
+        "memory_gb": lambda arch: memory_gb(arch, use),
+    }
+    if recipe.budget.latency is not None:
+        costs["latency"] = LatencyMeter(use).seconds
+    shapes, refused = find_shapes(
+        source,
+        recipe.grid,
+        recipe.budget,
+        costs,
+        lambda arch: check_candidate(source, arch, recipe.parallel),
+    )
+    if refused:
+        log(f"{len(refused)} shapes of the grid are left out, the first because {refused[0]}")
+    log(f"{len(shapes)} shapes fit the budgets")
+    return Results(source=source, candidates=[Candidate(shape=shape) for shape in shapes])
+
+
+def _scores(recipe: Recipe, source: Architecture) -> ImportanceScores:
+    path = recipe.scores.path
+    scores = load_scores(path).scores()
+    artifact.verify(path if path.is_dir() else path.parent)
+    check_origin(path, recipe.model.path)
+    check_scores(scores, source)
+    return scores
+
+
+def _measure_pruned(results: Results, trials: Trials, save: Callable[[], None]) -> None:
+    """The loss of every shape right after pruning, where it is not known yet."""
+    waiting = [c for c in results.candidates if c.pruned_loss is None]
+    total, done = len(results.candidates), len(results.candidates) - len(waiting)
+    with progress(total=total, initial=done, desc="pruned", unit="shapes") as bar:
+        for candidate in waiting:
+            candidate.pruned_loss = trials.pruned_loss(candidate.shape.arch)
+            save()
+            log(f"{candidate.name}: loss {candidate.pruned_loss:.4f} right after pruning")
+            bar.update(1, loss=candidate.pruned_loss)
+
+
+def _race(
+    recipe: Recipe,
+    results: Results,
+    trials: Trials,
+    objective: LogitDistillation,
+    save: Callable[[], None],
+) -> Candidate:
+    """The winner of the race, from where it was left."""
+    entrants = sorted(results.candidates, key=lambda c: c.pruned_loss or 0.0)
+    entrants = entrants[: recipe.race.entrants]
+
+    def loss_at(name: str, step: int) -> float:
+        candidate = results.candidate(name)
+        if step not in candidate.losses:
+            candidate.losses = trials.train(name, candidate.shape.arch, objective, step)
+            save()
+        return candidate.losses[step]
+
+    name = run_race(
+        [candidate.name for candidate in entrants],
+        recipe.race.all_rungs(recipe.train.steps),
+        recipe.race.keep,
+        loss_at,
+        trials.drop_checkpoints,
+    )
+    return results.candidate(name)
+
+
+def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidate) -> None:
+    """Write the winner's model, the table and the plot, and last the manifest."""
+    steps, arch, loss = recipe.train.steps, best.shape.arch, best.losses[recipe.train.steps]
+    parents = {"model": recipe.model.path, "scores": recipe.scores.path}
+    metrics = {"num_parameters": arch.num_parameters, "val_loss": loss}
+    directory = recipe.out / BEST_DIR
+
+    def manifest(directory: Path) -> None:
+        artifact.write_manifest(
+            directory,
+            stage="search",
+            recipe=config.to_dict(recipe),
+            parents=parents,
+            metrics={**metrics, "best": best.name, "shapes": len(results.candidates)},
+        )
+
+    if results.best is None:
+        with publish(directory, overwrite=True) as partial:
+            trials.save(best.name, arch, steps, partial)
+            on_rank_zero(lambda: manifest(partial))
+        results.best = best.name
+        on_rank_zero(lambda: results.save(recipe.out))
+    trials.drop_checkpoints(best.name)
+
+    def finish() -> None:
+        results.save_table(recipe.out, recipe.race.all_rungs(steps))
+        plot_race(recipe.out, results.ranked())
+        manifest(recipe.out)
+
+    on_rank_zero(finish)
+
+
+def _advice(recipe: Recipe, source: Architecture, best: Candidate) -> str:
+    """How to go on from here."""
+    sizes = [
+        f"--prune.{name} {getattr(best.shape.arch, name)}"
+        for name in SIZES
+        if getattr(best.shape.arch, name) != getattr(source, name)
+    ]
+    return (
+        f"best: {best.name}, distilled for {recipe.train.steps} steps in "
+        f"{recipe.out / BEST_DIR}; for a full distillation prune to it with\n"
+        f"  launch/prune.py --model {recipe.model.path} --scores {recipe.scores.path} "
+        f"{' '.join(sizes)} --out DIR"
+    )
+
+
+if __name__ == "__main__":
+    run(Recipe, main)

@@ -1,0 +1,93 @@
+"""Successive halving: train all a little, keep the better ones, train those on.
+
+A shape's loss right after pruning says little about its loss after distillation, and the ranking
+goes on changing for some hundred steps. So nobody is judged at once: at every rung the worse part
+drops out, and what it would have cost to train goes to the better part.
+
+The race knows neither models nor files. It asks for the loss of an entrant at a step; who answers
+may remember, and a race that was interrupted is simply run again.
+
+Source: arXiv:2407.14679 §4.3 trains all candidates for 400 steps and finds their ranks settled from
+about step 300 on; halving is arXiv:1502.07943.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from minitron.errors import MinitronError
+from minitron.metrics import log
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceConfig:
+    """Who is distilled for how long before the worse part drops out."""
+
+    entrants: int = 8
+    """Shapes that start: those with the lowest loss right after pruning."""
+    rungs: list[int] = field(default_factory=lambda: [100, 200])
+    """Steps after which some drop out; the rest goes on to train.steps. The learning rate is that
+    of all train.steps for everybody."""
+    keep: float = 0.5
+    """Part that stays at each rung, rounded up."""
+
+    def __post_init__(self) -> None:
+        if self.entrants < 1:
+            raise MinitronError(f"race.entrants={self.entrants} must be at least 1")
+        if not 0 < self.keep <= 1:
+            raise MinitronError(f"race.keep={self.keep} must be above 0 and at most 1")
+        if any(later <= earlier for earlier, later in itertools.pairwise([0, *self.rungs])):
+            raise MinitronError(f"race.rungs={self.rungs} must be steps above 0 that rise")
+
+    def all_rungs(self, steps: int) -> list[int]:
+        """The rungs and the last step.
+
+        Raises:
+            MinitronError: a rung is not before the last step.
+        """
+        if steps <= max(self.rungs, default=0):
+            raise MinitronError(
+                f"race.rungs={self.rungs} must lie before the last step, train.steps={steps}"
+            )
+        return [*self.rungs, steps]
+
+
+def run_race(
+    entrants: Sequence[str],
+    rungs: Sequence[int],
+    keep: float,
+    loss_at: Callable[[str, int], float],
+    drop_out: Callable[[str], None],
+) -> str:
+    """Race until one is left, who runs to the end all the same.
+
+    Args:
+        entrants: names; of equal losses the earlier one wins.
+        rungs: steps at which losses are compared, the last one included.
+        keep: part that stays at each rung but the last.
+        loss_at: trains an entrant to a step and tells its loss there.
+        drop_out: called for those that do not go on.
+
+    Returns:
+        The entrant with the lowest loss at the last rung.
+    """
+    running = list(entrants)
+    for rung in rungs:
+        losses = {}
+        for number, name in enumerate(running, start=1):
+            log(f"race to step {rung}: {name}, {number} of {len(running)}")
+            losses[name] = loss_at(name, rung)
+        ranked = sorted(running, key=losses.__getitem__)
+        staying = 1 if rung == rungs[-1] else math.ceil(keep * len(ranked))
+        log(
+            f"step {rung}: "
+            + ", ".join(f"{name} {losses[name]:.4f}" for name in ranked[:staying])
+            + (f" go on, {len(ranked) - staying} drop out" if rung != rungs[-1] else " wins")
+        )
+        for name in ranked[staying:]:
+            drop_out(name)
+        running = [name for name in running if name in ranked[:staying]]
+    return running[0]
