@@ -10,7 +10,7 @@ from minitron import artifact, config, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import find_tokenizer
 from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher
+from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import log, progress
 from minitron.model import hf
@@ -120,6 +120,7 @@ def main(recipe: Recipe) -> None:
         )
     )
     source, weights = open_model(recipe.model.path)
+    source.check_seq_length(recipe.data.seq_length)
     scores = on_rank_zero(lambda: _scores(recipe, source))
     tokenizer = find_tokenizer(recipe.model.path)
     batches, validation = open_batches(
@@ -138,7 +139,9 @@ def main(recipe: Recipe) -> None:
     trials = Trials(
         source, weights, scores, topology, batches, validation, recipe.train, files, recipe.out
     )
-    teacher = Teacher(build_llama(source, topology, weights, dtype=dtype))
+    teacher = Teacher(
+        build_llama(source, topology, weights, dtype=dtype), TeacherConfig(path=recipe.model.path)
+    )
 
     def save() -> None:
         on_rank_zero(lambda: results.save(recipe.out))

@@ -16,6 +16,7 @@ STAGES = {
     "llama3.1_8b_cache_logits": "cache_logits",
     "llama3.1_4b_width_prune": "prune",
     "llama3.1_4b_depth_prune": "prune",
+    "llama3.1_4b_search": "search",
     "llama3.1_4b_width_distill": "distill",
     "llama3.1_4b_depth_distill": "distill",
 }
@@ -88,11 +89,24 @@ def test_stored_logits_are_those_that_a_student_needs(student):
     assert (recipe.data, recipe.seed) == (run.data, run.seed)
 
 
+def test_search():
+    recipe = parse("llama3.1_4b_search")
+    train = recipe.train
+    assert train.steps == 400
+    assert train.steps * train.global_batch_size * recipe.data.seq_length == pytest.approx(
+        1.8e9, rel=0.05
+    )
+    sizes = [4_512_746_496, 4_540_469_248]
+    assert all(recipe.budget.allows("params", size) for size in sizes)
+    assert recipe.race.entrants == 18
+
+
 @pytest.mark.parametrize(
     ("earlier", "later", "role"),
     [
         ("llama3.1_8b_teacher_correction", "llama3.1_8b_importance", "model"),
         ("llama3.1_8b_importance", "llama3.1_4b_width_prune", "scores"),
+        ("llama3.1_8b_importance", "llama3.1_4b_search", "scores"),
         ("llama3.1_8b_teacher_correction", "llama3.1_4b_depth_prune", "model"),
         ("llama3.1_8b_teacher_correction", "llama3.1_4b_width_distill", "teacher"),
         ("llama3.1_8b_teacher_correction", "llama3.1_8b_cache_logits", "teacher"),
