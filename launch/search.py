@@ -209,12 +209,13 @@ def _race(
     save: Callable[[], None],
 ) -> Candidate:
     """The winner of the race, from where it was left."""
-    entrants = sorted(results.candidates, key=lambda c: c.pruned_loss or 0.0)
+    entrants = sorted(results.candidates, key=lambda candidate: candidate.pruned_loss)
     entrants = entrants[: recipe.race.entrants]
 
     def loss_at(name: str, step: int) -> float:
         candidate = results.candidate(name)
         if step not in candidate.losses:
+            log(f"{name}: to step {step}")
             candidate.losses = trials.train(name, candidate.shape.arch, objective, step)
             save()
         return candidate.losses[step]

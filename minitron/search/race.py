@@ -76,10 +76,7 @@ def run_race(
     """
     running = list(entrants)
     for rung in rungs:
-        losses = {}
-        for number, name in enumerate(running, start=1):
-            log(f"race to step {rung}: {name}, {number} of {len(running)}")
-            losses[name] = loss_at(name, rung)
+        losses = {name: loss_at(name, rung) for name in running}
         ranked = sorted(running, key=losses.__getitem__)
         staying = 1 if rung == rungs[-1] else math.ceil(keep * len(ranked))
         log(
