@@ -118,6 +118,7 @@ class Trials:
         )
         trainer.resume()
         trainer.run(until_step)
+        trainer.close()
         del trainer, model
         platform.release_memory()
         records = on_rank_zero(lambda: read_metrics(run / METRICS))

@@ -32,6 +32,7 @@ from minitron.train.optimizer import (
     build_optimizer,
     learning_rate,
     set_learning_rate,
+    unhook_optimizer,
     wrap_chunk,
 )
 
@@ -148,6 +149,10 @@ class Trainer:
                     self._save_checkpoint()
         writer.close()
         return {**validated, "tokens": self.position.tokens}
+
+    def close(self) -> None:
+        """End training for good, so that model and optimizer can be freed."""
+        unhook_optimizer(self.wrapped)
 
     def _train_step(self) -> dict[str, Any]:
         """One optimizer step on one global batch; what `metrics.jsonl` says of it."""

@@ -74,6 +74,18 @@ def build_optimizer(
     return optimizer
 
 
+def unhook_optimizer(model: Sequence[DistributedDataParallel]) -> None:
+    """Take back what `build_optimizer` hooked in, so that both can be freed.
+
+    The optimizer's views of the parameters lead to the model through autograd's graph, where
+    Python's collector cannot follow: with the hooks, both would stay for ever.
+    """
+    for chunk in model:
+        chunk.config.grad_scale_func = None
+        chunk.config.no_sync_func = None
+        chunk.config.finalize_model_grads_func = None
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of step `step` (1 is the first): linear warm-up, then a cosine."""
     if step <= config.warmup_steps:
