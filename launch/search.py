@@ -63,9 +63,9 @@ class Recipe:
     scores: ScoresSource
     """Its importance scores."""
     grid: GridConfig = field(default_factory=GridConfig)
-    """The shapes to look at."""
+    """The shapes to look at: each size with all of the others; an axis without any stays."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    """The limits that they must keep."""
+    """The limits that they must keep: one number is the most, two are the least and the most."""
     deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
     """What memory and latency are counted for."""
     list_only: bool = False
