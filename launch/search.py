@@ -96,6 +96,11 @@ class Recipe:
         self.race.all_rungs(self.train.steps)
         if not self.data.valid_path:
             raise MinitronError("shapes are compared by validation loss; give --data.valid_path")
+        if self.distill.intermediate.states:
+            raise MinitronError(
+                f"distill.intermediate.states={self.distill.intermediate.states} pairs layers, "
+                "which differ from shape to shape; race on the logits alone"
+            )
         if self.parallel.layers_per_stage is not None:
             raise MinitronError(
                 f"parallel.layers_per_stage={self.parallel.layers_per_stage} suits one depth only; "

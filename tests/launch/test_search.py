@@ -275,6 +275,11 @@ def test_a_latency_budget_is_measured(inputs, tmp_path, capsys):
             "parallel.layers_per_stage=[1, 3] suits one depth only; leave it out, and the layers "
             "of every shape are spread evenly",
         ),
+        (
+            ("--distill.intermediate.states", "embedding"),
+            "distill.intermediate.states=['embedding'] pairs layers, which differ from shape to "
+            "shape; race on the logits alone",
+        ),
         (("--budget.params", 1e3), "none of the grid's 4 shapes fits budget.params=[1000.0]"),
     ],
 )
