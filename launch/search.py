@@ -197,6 +197,8 @@ def _scores(recipe: Recipe, source: Architecture) -> ImportanceScores:
 def _measure_pruned(results: Results, trials: Trials, save: Callable[[], None]) -> None:
     """The loss of every shape right after pruning, where it is not known yet."""
     waiting = [c for c in results.candidates if c.pruned_loss is None]
+    if not waiting:
+        return
     total, done = len(results.candidates), len(results.candidates) - len(waiting)
     with progress(total=total, initial=done, desc="pruned", unit="shapes") as bar:
         for candidate in waiting:
