@@ -138,7 +138,8 @@ def test_the_race_is_a_distillation_without_interruption(inputs, searched, tmp_p
     flags = [x for name in sizes for x in (f"--prune.{name}", best[name])]
     call("prune", "--model", model, "--scores", scores, *flags, "--out", tmp_path / "pruned")
     call(
-        "distill", "--teacher", model, "--student", tmp_path / "pruned", *training,
+        "distill", "--teacher", model, "--teacher.allow_untrained",
+        "--student", tmp_path / "pruned", *training,
         "--train.valid_interval", 1, "--out", tmp_path / "distilled",
     )  # fmt: skip
     records = read_metrics(tmp_path / "distilled" / "metrics.jsonl")
