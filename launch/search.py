@@ -9,6 +9,7 @@ from pathlib import Path
 from minitron import artifact, config, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import find_tokenizer
+from minitron.distill.gates import check_weights
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
@@ -144,15 +145,16 @@ def main(recipe: Recipe) -> None:
     trials = Trials(
         source, weights, scores, topology, batches, validation, recipe.train, files, recipe.out
     )
-    teacher = Teacher(
-        build_llama(source, topology, weights, dtype=dtype), TeacherConfig(path=recipe.model.path)
-    )
+    teaching = TeacherConfig(path=recipe.model.path)
+    teacher_topology = teaching.topology(topology, source.num_layers)
+    teacher = Teacher(build_llama(source, teacher_topology, weights, dtype=dtype), teaching)
+    check_weights(teacher.model, recipe.model.path)
 
     def save() -> None:
         on_rank_zero(lambda: results.save(recipe.out))
 
     if results.source_loss is None:
-        results.source_loss = trials.loss(teacher.model)
+        results.source_loss = trials.loss([teacher.model])
         save()
     _measure_pruned(results, trials, save)
     best = _race(recipe, results, trials, LogitDistillation(teacher, recipe.distill), save)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from minitron import artifact, platform
@@ -17,7 +18,7 @@ from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
 from minitron.metrics import METRICS, read_metrics
 from minitron.model.arch import Architecture
-from minitron.model.llama import LlamaModel, build_llama, check_parallel, freeze
+from minitron.model.llama import LlamaModel, build_chunks, check_parallel, freeze
 from minitron.model.sharding import save_model
 from minitron.model.weights import WeightReader
 from minitron.parallel import ParallelConfig, Topology, on_rank_zero
@@ -81,7 +82,7 @@ class Trials:
         self._files = files
         self._out = out
 
-    def loss(self, model: LlamaModel) -> float:
+    def loss(self, model: Sequence[LlamaModel]) -> float:
         """Validation loss of a model, nats per token."""
         objective = LanguageModeling()
         names = objective.validation_losses
@@ -93,7 +94,7 @@ class Trials:
         Raises:
             MinitronError: it is not finite.
         """
-        loss = self.loss(freeze(self._build(arch)))
+        loss = self.loss([freeze(chunk) for chunk in self._build(arch)])
         platform.release_memory()
         if not math.isfinite(loss):
             raise MinitronError(
@@ -131,14 +132,14 @@ class Trials:
 
     def save(self, name: str, arch: Architecture, step: int, directory: Path) -> None:
         """Write the model of a run's checkpoint as a Hugging Face directory."""
-        model = build_llama(arch, self._topology, None, dtype=self._files.dtype)
+        model = build_chunks(arch, self._topology, None, dtype=self._files.dtype)
         load_checkpoint(checkpoint_path(self._run(name) / CHECKPOINTS, step), model)
         save_model(model, directory, dtype=self._files.dtype)
         on_rank_zero(lambda: self._files.write(directory, arch))
 
-    def _build(self, arch: Architecture, *, trained: bool = False) -> LlamaModel:
+    def _build(self, arch: Architecture, *, trained: bool = False) -> list[LlamaModel]:
         pruned = PrunedWeights(self._weights, plan_pruning(self._source, arch, self._scores))
-        return build_llama(
+        return build_chunks(
             arch,
             self._topology,
             pruned,
