@@ -37,7 +37,11 @@ def test_two_rounds_of_width_and_depth_with_distillation_between(tmp_path):
     recipes = {
         "importance": {"data": data, "importance": {"samples": 4}},
         "prune": {"prune": {"hidden_size": 16, "ffn_hidden_size": 20, "num_layers": 2}},
-        "distill": {"data": data, "train": {"steps": 2, "global_batch_size": 2}},
+        "distill": {
+            "teacher": {"allow_untrained": True},  # this one is random
+            "data": data,
+            "train": {"steps": 2, "global_batch_size": 2},
+        },
     }
     files = []
     for name, content in recipes.items():
