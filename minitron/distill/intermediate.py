@@ -74,7 +74,8 @@ class IntermediateConfig:
     """What to compare, each after a layer norm: the embedding, the output of a layer, the input of
     its MLP, the relations among its queries, keys and values; none switches the losses off."""
     layers: list[tuple[int, int]] = field(default_factory=lambda: [(-3, -3)])
-    """Pairs of a student's and a teacher's layer, counted from 0, or from the end if negative."""
+    """Pairs of a student's and a teacher's layer, counted from 0, or from the end if negative:
+    [[13, 29], [15, 31]]."""
     loss: Literal["cosine", "mse"] = "cosine"
     """Of all states but the relations, which have a KL divergence."""
     weight: Literal["dynamic"] | float = "dynamic"

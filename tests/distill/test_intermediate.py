@@ -302,14 +302,15 @@ def finished(tmp_path_factory, dynamic):
     """Runs by topology: whole, or killed after four of six steps with a checkpoint of three."""
     directories = {}
 
-    def finish(topology, *, killed=False):
-        if (topology, killed) not in directories:
-            directories[topology, killed] = out = tmp_path_factory.mktemp("run")
-            this = replace(dynamic, out=out, train=SIX_STEPS)
+    def finish(topology, precision="fp32", *, killed=False):
+        key = topology, precision, killed
+        if key not in directories:
+            directories[key] = out = tmp_path_factory.mktemp("run")
+            this = replace(dynamic, out=out, train=SIX_STEPS, precision=precision)
             if killed:
                 this = replace(this, train=replace(SIX_STEPS, checkpoint_interval=3), crash_at=4)
             run_on(topology, runs.train, this)
-        return directories[topology, killed]
+        return directories[key]
 
     return finish
 
@@ -319,11 +320,14 @@ def step_records(out):
     return [{k: v for k, v in r.items() if k not in runs.MEASURED} for r in records]
 
 
-@pytest.mark.parametrize("topology", ["dp2", "tp2 pp2"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dynamic, finished, topology):
-    shutil.copytree(finished(topology, killed=True), tmp_path, dirs_exist_ok=True)
-    run_on(topology, runs.train, replace(dynamic, out=tmp_path, train=SIX_STEPS, resume=True))
-    whole = finished(topology)
+@pytest.mark.parametrize(("topology", "precision"), [("dp2", "bf16"), ("tp2 pp2", "fp32")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path, dynamic, finished, topology, precision
+):
+    shutil.copytree(finished(topology, precision, killed=True), tmp_path, dirs_exist_ok=True)
+    run = replace(dynamic, out=tmp_path, train=SIX_STEPS, precision=precision, resume=True)
+    run_on(topology, runs.train, run)
+    whole = finished(topology, precision)
     assert step_records(tmp_path) == step_records(whole)
     ours, theirs = load_tensors(tmp_path / "model"), load_tensors(whole / "model")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

@@ -99,6 +99,10 @@ def test_a_killed_run_goes_on_where_it_was(root, forked):
         (("--teacher.logits", "student"), "student is no store of teacher logits "),
         (("--teacher.path", "teacher"), "give either --teacher.path or --teacher.logits; both"),
         (("--train.steps", 3), "lacks sample "),
+        (
+            ("--distill.intermediate.states", "embedding"),
+            "part holds no states for distill.intermediate.states=['embedding']; leave them out or",
+        ),
     ],
 )
 def test_a_run_that_the_store_does_not_fit_is_one_line(root, forked, arguments, message):

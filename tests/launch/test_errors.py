@@ -238,6 +238,15 @@ MISTAKES = {
     ),
     "no teacher": ("distill", DISTILL[2:], "give either .* --teacher.logits; neither was given"),
     "two teachers": ("distill", (*DISTILL, "--teacher.logits", "no"), ".*logits; both were given"),
+    "layer that no student has": (
+        "distill",
+        (
+            *("--teacher", "model", "--student", "other", *DATA),
+            *("--distill.intermediate.states", "mlp_input"),
+            *("--distill.intermediate.layers", "[[4, 0]]"),
+        ),
+        r"distill.intermediate.layers=\[\[4, 0\]\] names layer 4 of the student, which has 4; use",
+    ),
     "nothing to store": (
         "cache_logits",
         ("--teacher", "model", *DATA),
