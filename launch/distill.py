@@ -69,15 +69,6 @@ class Recipe:
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
     learning rate than the run had; ranks may always be others."""
 
-    def __post_init__(self) -> None:
-        states = self.distill.intermediate.states
-        if states and self.parallel.is_interleaved:
-            raise MinitronError(
-                f"distill.intermediate.states={states} need stages of one chunk, but "
-                "parallel.virtual_pipeline_model_parallel_size="
-                f"{self.parallel.virtual_pipeline_model_parallel_size}; use 1"
-            )
-
 
 def main(recipe: Recipe) -> None:
     """Build the models, train the student, write it."""
@@ -152,7 +143,7 @@ def main(recipe: Recipe) -> None:
         objective = LogitDistillation(teacher, recipe.distill)
         if intermediate.states:
             objective = IntermediateDistillation(
-                objective, student[-1], model, intermediate, seed=recipe.seed
+                objective, student, model, intermediate, seed=recipe.seed
             )
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=tokenizer)
     open_run(recipe)

@@ -158,11 +158,11 @@ def build_chunks_of(
     return build_chunks(arch, topology, weights, dtype=platform.DTYPES[precision], **options)
 
 
-def build_objective(run: Run, student: LlamaModel) -> Objective:
+def build_objective(run: Run, student: Sequence[LlamaModel]) -> Objective:
     """The loss of a run."""
     if run.teacher is None:
         return LanguageModeling()
-    teacher = build_teacher(run.teacher, student.topology, run.precision)
+    teacher = build_teacher(run.teacher, student[0].topology, run.precision)
     objective = LogitDistillation(teacher, DistillConfig())
     if not run.intermediate.states:
         return objective
@@ -193,7 +193,7 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
     model = build_chunks_of(run.model, topology, run.precision, recompute=run.train.recompute)
     trainer = Trainer(
         model,
-        build_objective(run, model[-1]),
+        build_objective(run, model),
         open_batches(run, rank=topology.dp_rank, size=topology.dp_size),
         validation,
         run.train,

@@ -8,8 +8,8 @@ the last stage. Like the loss there it is a sum over the unmasked tokens of a mi
 gradients of both are divided by the number of tokens in the global batch when all are done.
 
 Where teacher and student differ in width, one linear map, shared by all pairs and learned with the
-student, takes its states to the teacher's width. Every stage holds a copy; the gradients of the
-copies are summed, as those of a tied embedding are.
+student, takes its states to the teacher's width. Every stage holds a copy, in its first chunk of
+layers; the gradients of the copies are summed, as those of a tied embedding are.
 
 α = L_logits / L_is, from the means of the step before: the logit loss of a micro-batch is not known
 to the earlier stages while they can still use it, and a ratio for every micro-batch would make the
@@ -139,7 +139,7 @@ class Companion(torch.nn.Module):
     """What is trained and saved with the student and is no part of it: the shared map and α.
 
     Args:
-        student: which it is given to, and whose precision and ranks it takes.
+        student: this rank's first chunk, which it is given to; it takes its precision and ranks.
         shape: [teacher's width, student's width] of the map; None where there is none.
         alpha: the weight of the first step.
         seed: of the map, which is the same under any topology.
@@ -162,7 +162,7 @@ class Companion(torch.nn.Module):
             # itself, cut alike on every stage; its gradients are summed over the stages; and the
             # norm counts it on one of them.
             weight.shared_embedding = weight.pipeline_parallel = True
-            weight.shared = not student.topology.is_first_stage
+            weight.shared = student.topology.pp_rank > 0
             student.config.has_cond_embedder = True
         student.companion = self
 
@@ -193,7 +193,7 @@ class IntermediateDistillation:
 
     Args:
         logits: the objective on the last stage.
-        student: this rank's part, of plain layers; made before its optimizer.
+        student: this rank's chunks, of plain layers; made before their optimizer.
         teacher: this rank's part, of plain layers.
         config: what is compared.
         seed: of the map between the widths.
@@ -205,7 +205,7 @@ class IntermediateDistillation:
     def __init__(
         self,
         logits: Objective,
-        student: LlamaModel,
+        student: Sequence[LlamaModel],
         teacher: LlamaModel,
         config: IntermediateConfig,
         *,
@@ -214,22 +214,25 @@ class IntermediateDistillation:
         self.training_losses = logits.training_losses
         self.validation_losses = logits.validation_losses
         self._logits = logits
-        self._student = student
+        first = self._student = student[0]  # what is asked of it is the same of all chunks
         self._config = config
-        self._pairs = config.pairs(student.arch, teacher.arch)
-        widths = teacher.arch.hidden_size, student.arch.hidden_size
+        self._pairs = config.pairs(first.arch, teacher.arch)
+        widths = teacher.arch.hidden_size, first.arch.hidden_size
         needs_map = widths[0] != widths[1] and not all(p.student.is_relation for p in self._pairs)
         self._companion = Companion(
-            student,
+            first,
             widths if needs_map else None,
             alpha=0.0 if config.weight == "dynamic" else config.weight,
             seed=seed,
         )
-        present = [watch(student, p.student, self._observer(i)) for i, p in enumerate(self._pairs)]
+        present = [
+            any(watch(chunk, pair.student, self._observer(i)) for chunk in student)
+            for i, pair in enumerate(self._pairs)
+        ]
         self._teacher_states = TeacherStates(
             teacher,
             [pair.teacher for pair in self._pairs],
-            find_stages(present, student.topology.groups.pp),
+            find_stages(present, first.topology.groups.pp),
         )
         # For every pair, what each coming micro-batch is compared with, and its mask [s, b].
         self._expected: list[deque[tuple[Tensor, Tensor]]] = [deque() for _ in self._pairs]

@@ -23,7 +23,7 @@ from tests.runs import (
     SEQ_LENGTH,
     VOCAB,
     Run,
-    build_model,
+    build_chunks_of,
     build_objective,
     load_tensors,
     open_batches,
@@ -83,16 +83,16 @@ def run(root, tmp_path):
 def _train(parallel, run, *, gradients=False):
     """Do a run; the map's weights, or its gradient if the gradients are wanted."""
     topology = initialize(parallel)
-    model = build_model(run.model, topology, recompute=run.train.recompute)
+    model = build_chunks_of(run.model, topology, recompute=run.train.recompute)
     objective = build_objective(run, model)
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
-    Trainer([model], objective, batches, None, run.train, run.out).run()
+    Trainer(model, objective, batches, None, run.train, run.out).run()
     if gradients:
-        save_gradients([model], run.out / "gradients")
+        save_gradients(model, run.out / "gradients")
     else:
         runs.on_rank_zero(lambda: (run.out / "model").mkdir())
-        runs.save_model([model], run.out / "model", dtype=torch.float32)
-    weight = model.companion.weight
+        runs.save_model(model, run.out / "model", dtype=torch.float32)
+    weight = model[0].companion.weight
     return None if weight is None else weight.detach().clone()
 
 
@@ -150,6 +150,7 @@ def gradient_errors(run, maps):
         ("pp4", "cosine"),
         ("tp2 pp2", "cosine"),
         ("tp2+sp pp2", "mse"),
+        ("pp2 vpp2", "cosine"),  # two chunks of layers on each stage
     ],
 )
 def test_losses_and_gradients(run, topology, loss):
@@ -251,7 +252,7 @@ def differences(expected, out, maps):
     return found
 
 
-@pytest.mark.parametrize("topology", ["tp1", "tp2", "tp2+sp", "pp2", "dp2", "tp2 pp2"])
+@pytest.mark.parametrize("topology", ["tp1", "tp2", "tp2+sp", "pp2", "dp2", "tp2 pp2", "pp2 vpp2"])
 def test_ten_steps_are_those_of_plain_pytorch(dynamic, expected, tmp_path, topology):
     maps = run_on(topology, _train, replace(dynamic, out=tmp_path))
     assert all(torch.equal(weight, maps[0]) for weight in maps)  # the stages' copies stay one

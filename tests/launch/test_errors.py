@@ -138,16 +138,6 @@ MISTAKES = {
     "two models": ("train", (*TRAIN, *INIT), "--model.init.*; both were given"),
     "nothing to prune": ("prune", PRUNE, "nothing to prune; give at least one of prune.hidden_si"),
     # Ranks
-    "intermediate losses in chunks": (
-        "distill",
-        (
-            *DISTILL,
-            *("--distill.intermediate.states", "block_output"),
-            *("--parallel.pipeline_model_parallel_size", 2),
-            *("--parallel.virtual_pipeline_model_parallel_size", 2),
-        ),
-        "need stages of one chunk, but parallel.virtual_pipeline_model_parallel_size=2; use 1",
-    ),
     "ranks do not divide": (
         "eval",
         (*EVAL, "--parallel.tensor_model_parallel_size", 2),
