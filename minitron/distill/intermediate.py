@@ -97,8 +97,6 @@ class IntermediateConfig:
         Raises:
             MinitronError: a model has no such layer, or its heads have no counterpart.
         """
-        if not self.states:
-            return []  # whatever the layers
         if "attention_relation" in self.states:
             _check_heads(student, teacher)
         of_layers = [state for state in self.states if state != "embedding"]
