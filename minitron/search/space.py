@@ -126,7 +126,7 @@ class BudgetConfig:
     non_embedding_params: list[float] | None = None
     """Parameters without the embedding table and the output head."""
     memory_gb: list[float] | None = None
-    """Gigabytes (1e9 bytes) of the weights and the key/value cache in the deployment."""
+    """Gigabytes, 1e9 bytes each, of the weights and the key/value cache in the deployment."""
     latency: list[float] | None = None
     """Seconds that one batch of requests takes in the deployment, on one device of this machine.
     Layers of random weights are timed: prompt first, then token by token; only where this is
