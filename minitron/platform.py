@@ -81,6 +81,50 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+class HostCopy:
+    """A tensor's content in page-locked host memory, copied there and back beside other work.
+
+    On a CPU, host and device are one, and the content stays where it is.
+
+    Args:
+        tensor: on the device; it may be let go at once.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._back: torch.Tensor | None = None
+        self._host = tensor
+        if has_cuda():
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            stream = _copy_stream()
+            stream.wait_stream(torch.cuda.current_stream())  # until the tensor is computed
+            with torch.cuda.stream(stream):
+                self._host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+
+    def begin(self) -> None:
+        """Start on the way back, so that `fetch` need not wait."""
+        if self._back is None and has_cuda():
+            with torch.cuda.stream(_copy_stream()):
+                self._back = self._host.to(device(), non_blocking=True)
+                self._arrived = torch.cuda.current_stream().record_event()
+
+    def fetch(self) -> torch.Tensor:
+        """The content on the device; a new tensor each time."""
+        self.begin()
+        tensor, self._back = self._back, None
+        if tensor is None:
+            return self._host
+        current = torch.cuda.current_stream()
+        current.wait_event(self._arrived)
+        tensor.record_stream(current)
+        return tensor
+
+
+@functools.cache
+def _copy_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
 @functools.cache
 def has_transformer_engine() -> bool:
     """True where NVIDIA Transformer Engine's PyTorch half works on a GPU."""

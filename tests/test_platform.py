@@ -147,3 +147,29 @@ except ImportError:
     broken = _run("import megatron.core.models.gpt.gpt_layer_specs", fakes)
     assert broken.returncode != 0  # what would happen else
     assert "RuntimeError" in broken.stderr
+
+
+# Host memory
+
+
+@without_gpu
+def test_without_a_gpu_what_goes_to_the_host_stays_where_it_is():
+    tensor = torch.randn(3)
+    copy = platform.HostCopy(tensor)
+    copy.begin()
+    assert copy.fetch() is tensor
+    assert copy.fetch() is tensor
+
+
+@pytest.mark.gpu
+def test_what_waits_in_host_memory_comes_back():
+    tensor = torch.randn(1 << 22, device=platform.device())
+    expected = tensor.cpu()
+    copy = platform.HostCopy(tensor)
+    del tensor
+    torch.zeros(1 << 22, device=platform.device())  # where the tensor was, if it is let go early
+    copy.begin()
+    first, second = copy.fetch(), copy.fetch()
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first.cpu(), expected)
+    assert torch.equal(second.cpu(), expected)

@@ -7,18 +7,23 @@ they may differ in depth and width, and their layers may be spread differently.
 
 A step of many micro-batches goes in windows: the teacher takes a window's micro-batches, then the
 student does, and gradients add up until the last window. That bounds the states to
-`window · s · b · h` floats a rank of the last stage.
+`window · s · b · h` floats a rank of the last stage. States can wait in host memory, and so can the
+teacher's weights between its passes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor
 
+from minitron import platform
 from minitron.data.batches import Batch
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel, freeze
@@ -41,7 +46,12 @@ class TeacherConfig:
     window: int | None = None
     """Micro-batches whose teacher states exist at a time, `window · s · b · h_teacher` floats on
     each rank of the last stage; null takes as many as fit in 1 GiB, and at least four for each
-    pipeline stage. The result is the same for all."""
+    pipeline stage, or all of a step if they are offloaded. The result is the same for all."""
+    offload_states: bool = False
+    """Keep the states in host memory until the student's loss asks for them."""
+    placement: Literal["resident", "offload"] = "resident"
+    """Where the teacher's weights are while the student trains: on the device, or in host memory,
+    from which every window fetches them. The output head stays on the last stage's device."""
     layers_per_stage: list[int] | None = None
     """Teacher layers of each pipeline stage; null spreads them evenly."""
     allow_untrained: bool = False
@@ -92,12 +102,18 @@ class Teacher:
     def __init__(self, model: LlamaModel, config: TeacherConfig) -> None:
         self.model = freeze(model)
         self.config = config
-        self._hidden: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor | platform.HostCopy] = {}
+        self._weights = None
+        if config.placement == "offload":
+            head = model.head if model.post_process else None  # the loss needs it
+            self._weights = OffloadedWeights(p for p in model.parameters() if p is not head)
 
     def window(self, microbatches: Sequence[Batch]) -> int:
         """Micro-batches of a step to `run` at a time."""
         if self.config.window is not None:
             return self.config.window
+        if self.config.offload_states:
+            return len(microbatches)
         model = self.model.config
         size = microbatches[0].tokens.numel() * model.hidden_size * model.params_dtype.itemsize
         if model.sequence_parallel:
@@ -107,13 +123,49 @@ class Teacher:
 
     def run(self, microbatches: Sequence[Batch]) -> None:
         """Forward a window's micro-batches; on the last stage their hidden states are kept."""
-        self._hidden.clear()
+        self._states.clear()
 
         def keep(hidden: Tensor, batch: Batch, index: int) -> None:
-            self._hidden[index] = hidden
+            offload = self.config.offload_states
+            self._states[index] = platform.HostCopy(hidden) if offload else hidden
 
-        run_schedule(self.model, microbatches, keep, forward_only=True)
+        with contextlib.nullcontext() if self._weights is None else self._weights.on_device():
+            run_schedule(self.model, microbatches, keep, forward_only=True)
 
     def take(self, index: int) -> Tensor:
         """Final hidden states [s, b, h] or [s/t, b, h] of a micro-batch, which are let go."""
-        return self._hidden.pop(index)
+        state = self._states.pop(index)
+        following = self._states.get(index + 1)
+        if isinstance(following, platform.HostCopy):
+            following.begin()  # it comes while the student computes
+        return state.fetch() if isinstance(state, platform.HostCopy) else state
+
+
+class OffloadedWeights:
+    """Frozen weights that are on the device only while they are used.
+
+    The way out costs nothing: the host has them still, and the device's copies are dropped.
+
+    Args:
+        parameters: emptied at once.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._weights = [(p, platform.HostCopy(p.data)) for p in parameters]
+        self._drop()
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Fill the parameters for what is inside."""
+        for _, copy in self._weights:
+            copy.begin()
+        for parameter, copy in self._weights:
+            parameter.data = copy.fetch()
+        try:
+            yield
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        for parameter, _ in self._weights:
+            parameter.data = parameter.data.new_empty(0)

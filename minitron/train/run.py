@@ -41,6 +41,8 @@ _FREE_KEYS = (
     "overwrite",
     "parallel",
     "teacher.window",
+    "teacher.offload_states",
+    "teacher.placement",
     "teacher.layers_per_stage",
     "data.workers",
     "train.micro_batch_size",

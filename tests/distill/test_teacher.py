@@ -1,13 +1,18 @@
 """How the teacher shares the ranks with the student: nothing of it may change the result."""
 
 from dataclasses import fields, replace
+from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from minitron import platform
 from minitron.data.batches import Batch
 from minitron.distill import teacher as teacher_module
-from minitron.distill.teacher import TeacherConfig
+from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model.schedule import split_windows
@@ -79,7 +84,7 @@ def _train_counting_states(parallel, run):
 
     def take(self, index):
         nonlocal most
-        most = max(most, len(self._hidden))
+        most = max(most, len(self._states))
         return hidden(self, index)
 
     teacher_module.Teacher.take = take
@@ -107,6 +112,90 @@ def test_a_window_changes_nothing_on_several_ranks(run, tmp_path, topology):
         out = tmp_path / str(window)
         windowed = replace(run.teacher, window=window)
         run_on(topology, runs.train, replace(run, out=out, teacher=windowed))
+        found.append(outcome(out))
+    assert_same(*found)
+
+
+class FarHost(platform.HostCopy):
+    """Host memory of its own, as beside a GPU; remembers its tensors on the device."""
+
+    on_device: ClassVar[list[tuple[StorageWeakRef, int]]] = []
+
+    def __init__(self, tensor):
+        super().__init__(tensor.clone())
+
+    def begin(self):
+        if self._back is None:
+            self._back = self._host.clone()
+            storage = self._back.untyped_storage()
+            self.on_device.append((StorageWeakRef(storage), storage.nbytes()))
+
+    def fetch(self):
+        self.begin()
+        tensor, self._back = self._back, None
+        return tensor
+
+    @classmethod
+    def bytes_on_device(cls):
+        return sum(size for storage, size in cls.on_device if not storage.expired())
+
+
+def _train_offloaded(parallel, run):
+    """Train; bytes that were fetched and not let go: during passes of the teacher, and between."""
+    inside, between, empty = [], [], []
+    schedule, take = teacher_module.run_schedule, Teacher.take
+
+    def in_pass(*args, **options):
+        inside.append(FarHost.bytes_on_device())
+        schedule(*args, **options)
+
+    def counted_take(self, index):
+        state = take(self, index)
+        between.append(FarHost.bytes_on_device())
+        empty.extend(p.numel() == 0 for p in self.model.parameters())
+        return state
+
+    FarHost.on_device.clear()
+    with (
+        mock.patch.object(platform, "HostCopy", FarHost),
+        mock.patch.object(teacher_module, "run_schedule", in_pass),
+        mock.patch.object(Teacher, "take", counted_take),
+    ):
+        runs.train(parallel, run)
+    return max(inside), max(between, default=0), empty.count(False), len(between)
+
+
+STATE_BYTES = SEQ_LENGTH * 48 * 4
+
+
+@pytest.mark.parametrize("offload", [{"offload_states": True}, {"placement": "offload"}])
+@pytest.mark.parametrize("window", [None, 2])
+def test_what_waits_in_host_memory_changes_no_bit(run, expected, tmp_path, offload, window):
+    config = replace(run.teacher, window=window, **offload)
+    run_on("tp1", runs.train, replace(run, out=tmp_path / "near", teacher=config))
+    assert_same(outcome(tmp_path / "near"), expected)  # a CPU's own path, without copies
+    far = replace(run, out=tmp_path / "far", teacher=config)
+    ((inside, between, present, takes),) = run_on("tp1", _train_offloaded, far)
+    assert_same(outcome(tmp_path / "far"), expected)
+
+    with torch.device("meta"):
+        teacher = LlamaForCausalLM(LlamaConfig.from_pretrained(run.teacher.path))
+    weights = 4 * sum(p.numel() for p in teacher.model.layers.parameters())
+    weights += teacher.model.norm.weight.nbytes  # the tied embedding is also the head, and stays
+    if "placement" in offload:
+        assert (inside, between) == (weights, 0)
+        assert present == takes  # of all parameters the head alone is there
+    else:
+        assert (inside, between) == (0, 2 * STATE_BYTES)  # the one in use, and the next
+
+
+def test_weights_wait_in_host_memory_on_several_ranks(run, tmp_path):
+    run = replace(run, train=replace(CONFIG, global_batch_size=6))
+    found = []
+    for placement in ("resident", "offload"):
+        out = tmp_path / placement
+        config = replace(run.teacher, placement=placement, offload_states=placement == "offload")
+        run_on("tp2+sp pp2", _train_offloaded, replace(run, out=out, teacher=config))
         found.append(outcome(out))
     assert_same(*found)
 
