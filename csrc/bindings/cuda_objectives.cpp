@@ -1,4 +1,4 @@
-// The ops of minitron/ops/divergences.py and logit_moments.py on CUDA tensors.
+// The ops of minitron/ops/divergences.py, logit_moments.py and sparse_kl.py on CUDA tensors.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -90,6 +90,50 @@ void moments_gradient(const Tensor& student, const Tensor& teacher, const Option
     check_launch(cuda::logit_moments_gradient(args, to, device.stream()), "logit_moments_gradient");
 }
 
+SparseKLArguments sparse_arguments(const Tensor& student, const Tensor& ids, const Tensor& weights,
+                                   const OptionalTensor& labels, const OptionalTensor& mask,
+                                   int64_t valid_columns, int64_t offset, double temperature) {
+    check_valid_columns(student, valid_columns);
+    const int64_t tokens = student.size(0), known = ids.size(1);
+    return {.student = rows_of(student, "student"),
+            .tokens = tokens,
+            .columns = valid_columns,
+            .padding = student.size(1) - valid_columns,
+            .known = known,
+            .ids = checked<int64_t>(ids, {tokens, known}, "ids"),
+            .weights = checked<float>(weights, {tokens, known}, "weights"),
+            .labels = labels ? checked<int64_t>(*labels, {tokens}, "labels") : nullptr,
+            .label_offset = offset,
+            .mask = mask ? checked<bool>(*mask, {tokens}, "mask") : nullptr,
+            .temperature = static_cast<float>(temperature)};
+}
+
+Tensor sparse_statistics(const Tensor& student, const Tensor& ids, const Tensor& weights,
+                         const OptionalTensor& labels, const OptionalTensor& mask,
+                         int64_t valid_columns, int64_t offset, double temperature) {
+    const auto args =
+        sparse_arguments(student, ids, weights, labels, mask, valid_columns, offset, temperature);
+    const OnDevice device(student, {&ids, &weights, pointer(labels), pointer(mask)});
+    Tensor out =
+        at::empty({args.tokens, kNumSparseKLStatistics}, student.options().dtype(at::kFloat));
+    check_launch(cuda::sparse_kl_statistics(args, out.mutable_data_ptr<float>(), device.stream()),
+                 "sparse_kl_statistics");
+    return out;
+}
+
+void sparse_gradient(const Tensor& student, const Tensor& ids, const Tensor& weights,
+                     const OptionalTensor& labels, const OptionalTensor& mask, const Tensor& merged,
+                     const Tensor& upstream, int64_t valid_columns, int64_t offset,
+                     double temperature, Tensor destination) {
+    const auto args =
+        sparse_arguments(student, ids, weights, labels, mask, valid_columns, offset, temperature);
+    const auto to = gradient_to(destination, student, upstream, 2);
+    const float* const from = checked<float>(merged, {args.tokens, 6}, "merged");
+    const OnDevice device(student, {&ids, &weights, pointer(labels), pointer(mask), &merged,
+                                    &upstream, &destination});
+    check_launch(cuda::sparse_kl_gradient(args, to, from, device.stream()), "sparse_kl_gradient");
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(minitron, CUDA, m) {
@@ -97,6 +141,8 @@ TORCH_LIBRARY_IMPL(minitron, CUDA, m) {
     m.impl("divergence_gradient", &gradient);
     m.impl("logit_moments", &moments);
     m.impl("logit_moments_gradient", &moments_gradient);
+    m.impl("sparse_kl_statistics", &sparse_statistics);
+    m.impl("sparse_kl_gradient", &sparse_gradient);
 }
 
 }  // namespace minitron

@@ -52,6 +52,14 @@ const char* logit_moments(const LogitKLArguments&, int64_t tokens, float* moment
 const char* logit_moments_gradient(const LogitKLArguments&, const LogitMomentsGradient&,
                                    void* stream);
 
+// The statistics of minitron/ops/sparse_kl.py, [tokens, 7], from one read of the student's logits.
+const char* sparse_kl_statistics(const SparseKLArguments&, float* statistics, void* stream);
+
+// The gradient by the student's logits, from the merged [tokens, 6]; its weights are [2, tokens],
+// of the KL and the cross-entropy.
+const char* sparse_kl_gradient(const SparseKLArguments&, const LogitKLGradient&,
+                               const float* merged, void* stream);
+
 // Σ|x|, Σx², Σx and max|x| over the rows: `out` [4, columns / group]. The scratch memory holds
 // activation_stats_scratch(x) floats.
 int64_t activation_stats_scratch(const Activations&);

@@ -1,4 +1,5 @@
-// Arguments of the kernels of minitron/ops/divergences.py and logit_moments.py, on any device.
+// Arguments of the kernels of minitron/ops/divergences.py, logit_moments.py and
+// sparse_kl.py, on any device.
 
 #pragma once
 
@@ -31,6 +32,26 @@ struct LogitMomentsGradient {
     LogitKLGradient out;                           // its weights are [tokens], of the cross-entropy
     const LogitMomentsCoefficients* coefficients;  // [tokens]
     const float* normalizers;  // as DivergenceArguments' merged; null without labels
+};
+
+constexpr int kNumSparseKLStatistics = 7;
+
+struct SparseKLArguments {
+    LogitRows student;
+    int64_t tokens;
+    int64_t columns, padding;  // as in LogitKLArguments
+    int64_t known;             // tokens that the teacher knows of each distribution
+    const int64_t* ids;        // [tokens, known], −1 for none
+    const float* weights;      // [tokens, known] their probabilities
+    const int64_t* labels;     // [tokens], or null
+    int64_t label_offset;      // id of the first column
+    const bool* mask;          // [tokens] rows to read, or null for all
+    float temperature;         // τ
+};
+
+// Over the whole vocabulary, as minitron/ops/sparse_kl.py merges them.
+struct SparseKLMerged {
+    float m, total, off, unit, mass, rest;
 };
 
 }  // namespace minitron

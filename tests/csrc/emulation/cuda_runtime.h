@@ -183,6 +183,12 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
     return other;
 }
 
+inline unsigned atomicOr(unsigned* to, unsigned bits) {
+    const unsigned before = *to;  // the threads of a block take turns
+    *to |= bits;
+    return before;
+}
+
 template <typename T>
 T __ldcs(const T* from) {
     return *from;
