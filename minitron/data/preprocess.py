@@ -3,17 +3,13 @@
 Documents are tokenised by worker processes and written by this one, in the order of the files, so
 that the result does not depend on the number of workers. Each ends with the tokenizer's EOD. One
 with a prompt is two sequences of the index; the record then says that there are prompts.
-Files get their names when they are complete, the `.idx` last. `PREFIX.json` beside them records
-which tokenizer made them and from what.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import multiprocessing
 import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from minitron import artifact
 from minitron.data.indexed import as_prefix
 from minitron.data.text import TEXT_FORMS, RawDocument, find_files, read_raw
+from minitron.data.token_files import Document, write_token_files
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.metrics import Progress, log, progress
@@ -186,31 +182,13 @@ def _preprocess(
 ) -> dict[str, Any]:
     sizes = [file.stat().st_size for file in files]
     workers = min(workers, os.cpu_count() or 1, sum(sizes) // _MIN_BYTES_PER_WORKER)
+    sources = [
+        {"path": str(file), "bytes": size, "sha256": digest}
+        for file, size, digest in zip(files, sizes, hashes, strict=True)
+    ]
+    documents = _documents(files, sum(sizes), tokenizer, workers)
     try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{prefix.name}.", suffix=".partial", dir=prefix.parent
-        ) as directory:
-            partial = Path(directory) / prefix.name
-            counts = _write(files, sum(sizes), tokenizer, partial, workers)
-            record = {
-                "tokenizer": {
-                    "path": str(tokenizer.path),
-                    "fingerprint": tokenizer.fingerprint,
-                    "vocab_size": tokenizer.vocab_size,
-                    "eod": tokenizer.eod,
-                },
-                **counts,
-                "sources": [
-                    {"path": str(file), "bytes": size, "sha256": digest}
-                    for file, size, digest in zip(files, sizes, hashes, strict=True)
-                ],
-            }
-            artifact.write_json(Path(f"{partial}.json"), record)
-            # An old index must never stand beside new data.
-            Path(f"{prefix}.idx").unlink(missing_ok=True)
-            for suffix in (".bin", ".json", ".idx"):
-                os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")
+        return write_token_files(prefix, documents, tokenizer, sources=sources)
     except OSError as error:
         raise MinitronError(
             f"tokenising into {prefix}.bin failed ({error}); check free space and permissions there"
@@ -220,44 +198,27 @@ def _preprocess(
             f"one of {workers} tokenising processes was killed, most often for want of memory; "
             "lower data.workers"
         ) from None
-    return record
 
 
-def _write(
-    files: Sequence[Path], num_bytes: int, tokenizer: Tokenizer, prefix: Path, workers: int
-) -> dict[str, int]:
-    # Here and not above: worker processes import this module and need nothing of these.
-    from minitron import platform  # noqa: F401  before megatron.core
-
-    # isort: split
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    num_documents = num_tokens = num_prompts = 0
+def _documents(
+    files: Sequence[Path], num_bytes: int, tokenizer: Tokenizer, workers: int
+) -> Iterator[Document]:
     bar: Progress
-    with (
-        contextlib.closing(builder.data_file),
-        progress(total=num_bytes, desc="tokenising", unit="B") as bar,
-    ):
+    empty = True
+    with progress(total=num_bytes, desc="tokenising", unit="B") as bar:
         for documents, done_bytes in _encode_all(files, tokenizer, workers):
-            for parts in documents:
-                builder.add_document(np.concatenate(parts), [len(part) for part in parts])
-                num_tokens += sum(len(part) for part in parts)
-                num_prompts += len(parts) - 1
-            num_documents += len(documents)
+            yield from documents
+            empty = empty and not documents
             bar.update(done_bytes)
-        if num_documents == 0:
-            raise MinitronError(
-                f"{files[0]}{' and the other files hold' if files[1:] else ' holds'} no text; "
-                f"give {TEXT_FORMS}"
-            )
-        builder.finalize(f"{prefix}.idx")
-    return {"documents": num_documents, "tokens": num_tokens, "prompts": num_prompts}
+    if empty:
+        raise MinitronError(
+            f"{files[0]}{' and the other files hold' if files[1:] else ' holds'} no text; "
+            f"give {TEXT_FORMS}"
+        )
 
 
-Encoded = tuple[list[list[NDArray[np.int32]]], int]
-"""The tokens of some documents, part by part, and the bytes that they took in their files."""
+Encoded = tuple[list[Document], int]
+"""The tokens of some documents, and the bytes that they took in their files."""
 
 
 def _encode_all(files: Sequence[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
@@ -297,7 +258,7 @@ def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 
 
 def _encode(tokenizer: Tokenizer, chunk: Sequence[RawDocument]) -> Encoded:
-    documents = []
+    documents: list[Document] = []
     for parts in (document.parts() for document in chunk):
         if any(parts):
             tokens = [tokenizer.encode(part) for part in parts]

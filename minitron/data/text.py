@@ -38,17 +38,28 @@ class RawDocument(NamedTuple):
         Raises:
             MinitronError: it is not UTF-8, or not a JSON object with such texts.
         """
+        return tuple(self.fields(("text",), ("prompt", "response")).values())
+
+    def fields(self, *choices: tuple[str, ...]) -> dict[str, str]:
+        """Decode the document: the first of several choices of fields that it has.
+
+        A `.txt` file is a document with the field `text`, a blank line of a `.jsonl` file one
+        without any.
+
+        Raises:
+            MinitronError: it is not UTF-8, or not a JSON object with texts in such fields.
+        """
         if self.is_json and not self.data.strip():
-            return ()
+            return {}
         try:
-            return self._json_parts() if self.is_json else (self.data.decode("utf-8"),)
+            return self._json_fields(choices) if self.is_json else {"text": self.data.decode()}
         except UnicodeDecodeError as error:
             raise MinitronError(
                 f"{self.place}: byte {error.start} is not UTF-8 ({error.reason}); "
                 "convert the file to UTF-8"
             ) from None
 
-    def _json_parts(self) -> tuple[str, ...]:
+    def _json_fields(self, choices: tuple[tuple[str, ...], ...]) -> dict[str, str]:
         try:
             record = json.loads(self.data)
         except json.JSONDecodeError as error:
@@ -56,25 +67,25 @@ class RawDocument(NamedTuple):
                 f"{self.place}: not valid JSON ({error.msg} at column {error.colno}); "
                 "every line of a .jsonl file is one JSON object"
             ) from None
-        fields: tuple[str, ...] = ("text",)
-        if isinstance(record, dict) and "text" not in record and "response" in record:
-            fields = ("prompt", "response")
-        for field in fields:
-            text = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                found = f"keys {', '.join(record)}" if isinstance(record, dict) else "no object"
-                raise MinitronError(
-                    f"{self.place}: there is no text in the field `{field}` ({found}); every line "
-                    "of a .jsonl file holds its document there, or a `prompt` and a `response`"
-                )
+        has = record if isinstance(record, dict) else {}
+        texts = {name: text for name, text in has.items() if isinstance(text, str)}
+        fields = next((names for names in choices if texts.keys() >= set(names)), None)
+        if fields is None:
+            found = f"keys {', '.join(record)}" if isinstance(record, dict) else "no object"
+            wanted = ", or ".join(" and ".join(f"`{name}`" for name in names) for names in choices)
+            raise MinitronError(
+                f"{self.place}: there is no text in the fields {wanted} ({found}); "
+                "every line of a .jsonl file holds its document there"
+            )
+        for name in fields:
             try:
-                text.encode("utf-8")
+                texts[name].encode()
             except UnicodeEncodeError as error:
                 raise MinitronError(
-                    f"{self.place}: `{field}` holds half a surrogate pair at character "
+                    f"{self.place}: `{name}` holds half a surrogate pair at character "
                     f"{error.start}, which is no Unicode text; repair or drop that line"
                 ) from None
-        return tuple(record[field] for field in fields)
+        return {name: texts[name] for name in fields}
 
 
 def find_files(path: Path) -> list[Path]:

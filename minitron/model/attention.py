@@ -34,7 +34,7 @@ class CausalAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [s, b, n/t, d].
+            query: [s, b, n/t, d]; while decoding, [1, b, n/t, d] of the last of the keys' tokens.
             key: [s, b, g/t, d].
             value: [s, b, g/t, d].
             attention_mask: ignored; the mask is causal.
@@ -47,7 +47,7 @@ class CausalAttention(torch.nn.Module):
             query.permute(1, 2, 0, 3),  # [b, n/t, s, d]
             key.permute(1, 2, 0, 3),  # [b, g/t, s, d]
             value.permute(1, 2, 0, 3),  # [b, g/t, s, d]
-            is_causal=True,
+            is_causal=key.size(0) == s,  # a single query is the last, and sees all keys
             scale=self.scale,
             enable_gqa=key.size(2) != n,
         )

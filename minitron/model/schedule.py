@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -37,6 +38,7 @@ def run_schedule(
     forward_only: bool,
     window: int | None = None,
     prepare: Callable[[Sequence[Batch]], None] | None = None,
+    caches: Sequence[StaticInferenceContext] | None = None,
 ) -> None:
     """Send micro-batches through the pipeline, forward and (unless `forward_only`) backward.
 
@@ -51,6 +53,7 @@ def run_schedule(
         window: most micro-batches between two calls of `prepare`; the pipeline drains after each
             window. None sends all at once. Chunks take multiples of the pipeline's stages.
         prepare: called on every rank with the micro-batches of each window before they go.
+        caches: keys and values of what each micro-batch has read before, while decoding.
     """
     if not microbatches:
         return
@@ -62,7 +65,7 @@ def run_schedule(
         if prepare is not None:
             prepare(group)
         if forward_only or len(windows) == 1:
-            _run_window(chunks, group, on_output, forward_only=forward_only)
+            _run_window(chunks, group, on_output, forward_only=forward_only, caches=caches)
         else:
             with _accumulating(chunks, num_tokens, last=number == len(windows)):
                 _run_window(chunks, group, on_output, forward_only=False)
@@ -119,6 +122,7 @@ def _run_window(
     on_output: OnOutput,
     *,
     forward_only: bool,
+    caches: Sequence[StaticInferenceContext] | None = None,
 ) -> None:
     config = get_model_config(chunks[0])
     stages, count = config.pipeline_model_parallel_size, len(microbatches)
@@ -128,7 +132,8 @@ def _run_window(
     def step(numbered: Iterator[tuple[int, Batch]], stage: torch.nn.Module) -> Any:
         index, batch = next(numbered)
         batch = batch.to(platform.device())
-        hidden = stage(batch.tokens, batch.position_ids, None)
+        cache = caches[index] if caches else None
+        hidden = stage(batch.tokens, batch.position_ids, None, inference_context=cache)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
             result = on_output(output, batch, index) if index < count else None

@@ -50,6 +50,7 @@ _FREE_KEYS = (
     "train.valid_interval",
     "train.checkpoint_interval",
     "train.keep_checkpoints",
+    "generate.micro_batch_size",
     "allow_change",
 )
 # What may differ if asked for. Where samples or batches of another size begin follows from the

@@ -153,7 +153,7 @@ def test_killed_worker_is_reported(corpus, tokenizer, tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": ', r"a\.jsonl:2: not valid JSON \(.*column 10\)"),
-        ("a.jsonl", b'{"txt": "ok", "id": 3}\n', r"a\.jsonl:1: .*`text` \(keys txt, id\)"),
+        ("a.jsonl", b'{"txt": "ok", "id": 3}\n', r"a\.jsonl:1: .*`text`, .* \(keys txt, id\)"),
         ("a.jsonl", b'\n\n{"text": 3}\n', r"a\.jsonl:3: there is no text"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1: .* \(no object\)"),
         ("a.jsonl", b'{"text": "ab\\ud800"}\n', r"a\.jsonl:1: .*surrogate pair at character 2"),

@@ -41,9 +41,9 @@ def keys(stage):
 def test_there_is_a_launcher_for_every_stage():
     assert set(STAGES) == {
         "preprocess", "train", "importance", "prune", "distill", "eval", "export", "convert",
-        "report", "cache_logits", "search",
+        "report", "cache_logits", "search", "generate",
     }  # fmt: skip
-    used = {"train", "importance", "prune", "distill", "cache_logits", "search"}
+    used = {"train", "importance", "prune", "distill", "cache_logits", "search", "generate"}
     assert {stage_of(recipe) for recipe in RECIPES} == used
 
 
