@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from minitron import metrics
 from minitron.data.batches import Batch, collate
+from minitron.data.sampling import Sample
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.model.arch import Architecture
@@ -174,10 +176,9 @@ def compare(rounds: int, num_microbatches: int, seq_length: int) -> dict[str, li
         (num_microbatches, seq_length + 1),
         generator=torch.Generator().manual_seed(0),
     )
-    microbatches = [
-        collate([row.numpy()], [(0, index)], size=1, seq_length=seq_length)
-        for index, row in enumerate(tokens)
-    ]
+    whole = np.ones(seq_length, bool)
+    samples = [Sample(row.numpy(), whole, (0, number)) for number, row in enumerate(tokens)]
+    microbatches = [collate([sample], size=1, seq_length=seq_length) for sample in samples]
     sent = 0
     communicate = P2PCommunicator._communicate
 
