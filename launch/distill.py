@@ -39,8 +39,9 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Distill a teacher into a student: minimise the forward KL divergence between their logits,
-    with the teacher frozen. Both must have the same tokenizer; depth and width may differ.
+    """Distill a teacher into a student: minimise a divergence between their next-token
+    distributions (`distill.loss`), with the teacher frozen. Both must have the same tokenizer;
+    depth and width may differ.
     """
 
     teacher: TeacherConfig

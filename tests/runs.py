@@ -119,6 +119,7 @@ class Run:
     out: Path
     train: TrainConfig
     teacher: TeacherConfig | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     valid: Path | None = None
     precision: Precision = "fp32"
@@ -163,7 +164,7 @@ def build_objective(run: Run, student: Sequence[LlamaModel]) -> Objective:
     if run.teacher is None:
         return LanguageModeling()
     teacher = build_teacher(run.teacher, student[0].topology, run.precision)
-    objective = LogitDistillation(teacher, DistillConfig())
+    objective = LogitDistillation(teacher, run.distill)
     if not run.intermediate.states:
         return objective
     return IntermediateDistillation(objective, student, teacher.model, run.intermediate, seed=SEED)

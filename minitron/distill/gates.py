@@ -22,7 +22,7 @@ from minitron.metrics import log
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
 from minitron.model.sharding import faulty_tensors
-from minitron.ops.linear_kl import LinearKL, linear_kl
+from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
 
 # A teacher that has learnt anything is better than chance by more than this, in nats a token; one
 # of zeros or noise is not.
@@ -88,14 +88,13 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
     """
 
     def losses(model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> dict[str, Tensor]:
-        states, head = teacher.take(index), teacher.model.head
+        target = TeacherHidden(teacher.take(index), teacher.model.head)
 
-        def compare(hidden: Tensor, own_head: Tensor) -> LinearKL:
+        def compare(hidden: Tensor, head: Tensor) -> LinearLosses:
             return linear_kl(
                 hidden,
-                own_head,
-                states,
                 head,
+                target,
                 token_weights=batch.loss_mask.t(),
                 valid_columns=shared_columns(model, teacher.model),
                 labels=batch.labels.t(),
@@ -103,7 +102,7 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
                 tp_group=model.topology.groups.tp,
             )
 
-        of_student, of_teacher = compare(hidden, model.head), compare(states, head)
+        of_student, of_teacher = compare(hidden, model.head), compare(*target)
         assert of_student.cross_entropy is not None
         assert of_teacher.cross_entropy is not None
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,21 +13,93 @@ from minitron.distill.intermediate import IntermediateConfig
 from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
-from minitron.ops.linear_kl import LinearKL, linear_kl
+from minitron.ops.divergences import Divergence
+from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
+from minitron.ops.logit_moments import LogitDistance
+from minitron.ops.objectives import KL, Objective
+from minitron.ops.top_tokens import TopKL
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """What the student learns from the teacher."""
 
+    loss: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+        "tvd",
+        "mse",
+        "cosine",
+        "top_k",
+        "top_p",
+    ] = "forward_kl"
+    """Between the next-token distributions. `forward_kl` is KL(teacher || student) over the whole
+    vocabulary; `top_k` and `top_p` over the teacher's most probable tokens and one bin for all
+    others; `mse` and `cosine` compare logits less their mean over the vocabulary."""
     temperature: float = 1.0
-    """Divides the logits of both; the loss is not multiplied by any power of it."""
+    """Divides the logits of both (the cosine does not depend on it)."""
+    temperature_power: float = 0.0
+    """The loss is multiplied by this power of the temperature; 2 keeps gradients comparable."""
+    lm_weight: float = 0.0
+    """What the cross-entropy with the data counts beside the loss."""
+    jsd_beta: float = 0.5
+    """The teacher's share of the mixture in `jsd`; the forward KL is near 0, the reverse near 1."""
+    skew_alpha: float = 0.1
+    """How much of itself the first distribution of `skew_kl` and `skew_reverse_kl` finds mixed into
+    the second; 0 would be the plain KL."""
+    top_k: int = 256
+    """Tokens of the teacher that `top_k` compares one by one, and at most so many in `top_p`."""
+    top_p: float = 0.95
+    """Probability that the tokens compared one by one in `top_p` have together."""
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     """Losses between states inside the models, added to that of the logits."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise MinitronError(f"distill.temperature={self.temperature} must be positive")
+        if self.lm_weight < 0:
+            raise MinitronError(f"distill.lm_weight={self.lm_weight} must not be negative")
+        if not 0 < self.jsd_beta < 1:
+            raise MinitronError(
+                f"distill.jsd_beta={self.jsd_beta} must lie between 0 and 1; at the ends take "
+                "distill.loss=forward_kl or reverse_kl"
+            )
+        if not 0 < self.skew_alpha < 1:
+            raise MinitronError(
+                f"distill.skew_alpha={self.skew_alpha} must lie between 0 and 1; for 0 take "
+                "distill.loss=forward_kl or reverse_kl"
+            )
+        if self.top_k < 1:
+            raise MinitronError(f"distill.top_k={self.top_k} must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise MinitronError(f"distill.top_p={self.top_p} must lie in (0, 1]")
+
+    @property
+    def training_losses(self) -> tuple[str, ...]:
+        """What `metrics.jsonl` says of a step."""
+        return ("loss", "kl", "ce") if self.lm_weight else ("loss", "kl")
+
+    @property
+    def objective(self) -> Objective:
+        """The loss as `minitron.ops` has it."""
+        match self.loss:
+            case "forward_kl" | "reverse_kl":
+                return KL(reverse=self.loss == "reverse_kl")
+            case "jsd":
+                return Divergence("jsd", self.jsd_beta)
+            case "skew_kl" | "skew_reverse_kl":
+                return Divergence(self.loss, self.skew_alpha)
+            case "tvd":
+                return Divergence("tvd")
+            case "mse" | "cosine":
+                return LogitDistance(self.loss)
+            case "top_k":
+                return TopKL(self.top_k)
+            case "top_p":
+                return TopKL(self.top_k, self.top_p)
 
 
 def shared_columns(student: LlamaModel, teacher: LlamaModel) -> int:
@@ -35,21 +108,21 @@ def shared_columns(student: LlamaModel, teacher: LlamaModel) -> int:
 
 
 class LogitDistillation:
-    """Forward KL(teacher || student) over the whole vocabulary, without a language-model term.
+    """A loss between the logits of teacher and student, with a language-model term or without.
 
-    Source: arXiv:2407.14679 §4: logits alone, τ = 1, is the best loss for width-pruned students.
+    Source: arXiv:2407.14679 §4: forward KL alone, τ = 1, is the best for width-pruned students.
 
     Args:
         teacher: frozen, on the same ranks as the student.
-        config: the temperature.
+        config: the loss.
     """
 
-    training_losses = ("loss", "kl")
-    validation_losses = ("val_loss", "val_kl")
+    validation_losses = ("val_loss", "val_kl", "val_top1_agreement")
 
     def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
         self._teacher = teacher
         self._config = config
+        self.training_losses = config.training_losses
 
     def window(self, microbatches: Sequence[Batch]) -> int:
         """Micro-batches whose teacher states exist at a time."""
@@ -62,34 +135,53 @@ class LogitDistillation:
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """`kl` [s, b], which is also the `loss`."""
-        kl = self._losses(model, hidden, batch, index, labels=None).forward_kl
-        return {"loss": kl, "kl": kl}
+        """The `loss`, and for reading the forward `kl` and the cross-entropy `ce`, each [s, b]."""
+        found = self._losses(model, hidden, batch, index, labels=bool(self._config.lm_weight))
+        losses = {"loss": found.loss, "kl": found.forward_kl}
+        return losses if found.cross_entropy is None else {**losses, "ce": found.cross_entropy}
 
     def validation(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """The student's own cross-entropy `val_loss` and its divergence `val_kl`, both [s, b]."""
-        losses = self._losses(model, hidden, batch, index, labels=batch.labels.t())
-        assert losses.cross_entropy is not None
-        return {"val_loss": losses.cross_entropy, "val_kl": losses.forward_kl}
+        """The student's own cross-entropy `val_loss`, its divergence `val_kl`, and how often it
+        agrees with the teacher on the most probable token, each [s, b].
+        """
+        found = self._losses(model, hidden, batch, index, labels=True, agreement=True)
+        assert found.cross_entropy is not None
+        assert found.top1_agreement is not None
+        return {
+            "val_loss": found.cross_entropy,
+            "val_kl": found.forward_kl,
+            "val_top1_agreement": found.top1_agreement,
+        }
 
     def finish(self, losses: dict[str, float]) -> dict[str, float]:
         """The means as they are."""
         return losses
 
     def _losses(
-        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, labels: Tensor | None
-    ) -> LinearKL:
+        self,
+        model: LlamaModel,
+        hidden: Tensor,
+        batch: Batch,
+        index: int,
+        *,
+        labels: bool,
+        agreement: bool = False,
+    ) -> LinearLosses:
+        config = self._config
         return linear_kl(
             hidden,
             model.head,
-            self._teacher.take(index),
-            self._teacher.model.head,
+            TeacherHidden(self._teacher.take(index), self._teacher.model.head),
+            objective=config.objective,
             token_weights=batch.loss_mask.t(),
             valid_columns=shared_columns(model, self._teacher.model),
-            labels=labels,
-            temperature=self._config.temperature,
+            labels=batch.labels.t() if labels else None,
+            lm_weight=config.lm_weight,
+            temperature=config.temperature,
+            temperature_power=config.temperature_power,
+            agreement=agreement,
             sequence_parallel=model.config.sequence_parallel,
             tp_group=model.topology.groups.tp,
         )

@@ -1,9 +1,10 @@
-"""Distillation from hidden states: both heads, the losses and their gradients, chunk by chunk.
+"""Distillation from hidden states: heads, losses and their gradients, chunk by chunk.
 
-A chunk of tokens goes through both heads; `minitron.ops.logit_kl` turns its logits into losses and
-writes the gradient over the student's logits, which at once become gradients of the hidden states
-and of the head. Logits of more than two chunks never exist: under tensor parallelism a chunk's one
-all-gather is under way while the next chunk goes through the heads.
+A chunk of tokens goes through both heads; an objective of `minitron.ops.objectives` turns their
+logits into losses and writes the gradient over the student's, which at once become gradients of the
+hidden states and of the head. Logits of more than two chunks never exist: under tensor parallelism,
+while the collective of one chunk is under way, the other goes on, through the heads or to its next
+collective. In place of the teacher's hidden states and head may stand what is known of its outputs.
 
 Gradients are thus taken in the forward pass, before anybody knows what they will be multiplied by.
 For the hidden states that can follow, for the head it cannot: its gradient is a sum over tokens. So
@@ -13,53 +14,76 @@ proportional to it, as it is for a masked sum or mean. That is checked.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.logit_kl import start_logit_losses
+from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Steps
+from minitron.ops.top_tokens import top1_agreement
 from minitron.ops.vocab_parallel import accumulation_dtype
 
 CHUNK_TOKENS = 2048  # enough to keep GEMMs efficient and the head's weights seldom read
 
 
-class LinearKL(NamedTuple):
-    """Per-token losses [s, b] in nats, the same on every rank."""
+class TeacherHidden(NamedTuple):
+    """A teacher whose logits can be had; no gradient."""
 
+    hidden: Tensor
+    """[s, b, h'] final hidden states, [s/t, b, h'] under sequence parallelism."""
+    head: Tensor
+    """[v/t, h'] rows of this rank's tokens."""
+
+
+class LinearLosses(NamedTuple):
+    """Per-token losses [s, b] in nats, the same on every rank; all but `loss` for reading only."""
+
+    loss: Tensor
+    """objective · τ^power + lm_weight · cross-entropy; differentiable."""
     forward_kl: Tensor
-    """KL(teacher || student) at τ; differentiable."""
+    """KL(teacher || student) at τ; of known tokens, the objective itself."""
     cross_entropy: Tensor | None
-    """Of the student with the labels; for reading only. None without labels."""
+    """Of the student with the labels; None without labels."""
+    top1_agreement: Tensor | None
+    """1 where both find the same token most probable, else 0; None unless asked for."""
 
 
 def linear_kl(
     student: Tensor,
     student_head: Tensor,
-    teacher: Tensor,
-    teacher_head: Tensor,
+    teacher: TeacherHidden | KnownTokens,
     *,
+    objective: Objective = KL(),  # noqa: B008 - frozen
     token_weights: Tensor,
     valid_columns: int,
     labels: Tensor | None = None,
+    lm_weight: float = 0.0,
     temperature: float = 1.0,
+    temperature_power: float = 0.0,
+    agreement: bool = False,
     sequence_parallel: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
     tp_group: dist.ProcessGroup | None = None,
-) -> LinearKL:
-    """Forward KL between two models' next-token distributions, without whole logits.
+) -> LinearLosses:
+    """A loss between two models' next-token distributions, without whole logits.
 
     Args:
         student: [s, b, h] final hidden states, [s/t, b, h] under sequence parallelism.
         student_head: [v/t, h] rows of this rank's tokens.
-        teacher: [s, b, h'] or [s/t, b, h']; no gradient.
-        teacher_head: [v/t, h']; no gradient.
+        teacher: final hidden states and head, or known tokens [s, b, k], which go with `SparseKL`.
+        objective: the loss; the forward KL unless given.
         token_weights: [s, b] what the caller will multiply the loss by, up to a common factor; a
             token of weight zero costs no sweep and has a loss of zero.
-        valid_columns: leading columns of the logits that stand for a token; see `logit_losses`.
+        valid_columns: leading columns of the logits that stand for a token; see `logit_loss`.
         labels: [s, b] token ids in the whole vocabulary; also return the cross-entropy.
-        temperature: τ, divides the logits of both.
+        lm_weight: what the cross-entropy counts in the loss; needs labels.
+        temperature: τ, divides the logits of both in the objective.
+        temperature_power: the objective is multiplied by this power of τ.
+        agreement: also tell where both find the same token most probable.
         sequence_parallel: whether the hidden states hold this rank's part of the sequence.
         chunk_tokens: tokens whose logits exist at a time; twice as many under tensor parallelism.
         tp_group: the ranks that share the vocabulary; None for one rank.
@@ -68,24 +92,50 @@ def linear_kl(
         RuntimeError: in the backward pass, if the incoming gradient is not proportional to
             `token_weights`.
     """
-    differentiate = torch.is_grad_enabled() and (
-        student.requires_grad or student_head.requires_grad
-    )
-    kl, cross_entropy = _LinearKL.apply(
-        student,
-        student_head,
-        teacher.detach(),
-        teacher_head.detach(),
+    assert labels is not None or lm_weight == 0, "lm_weight needs labels"
+    if tp_group is not None and tp_group.size() == 1:
+        tp_group = None
+    options = _Options(
+        objective,
         token_weights,
         valid_columns,
         labels,
+        lm_weight,
         temperature,
-        sequence_parallel and tp_group is not None and tp_group.size() > 1,
+        temperature**temperature_power,
+        agreement,
+        sequence_parallel and tp_group is not None,
         chunk_tokens,
         tp_group,
-        differentiate,
+        torch.is_grad_enabled() and (student.requires_grad or student_head.requires_grad),
     )
-    return LinearKL(kl, cross_entropy if labels is not None else None)
+    states = type(teacher)(*(x.detach() for x in teacher))
+    found = _LinearKL.apply(student, student_head, states, options)
+    loss, forward_kl, cross_entropy, agrees = found
+    return LinearLosses(
+        loss,
+        forward_kl,
+        cross_entropy if labels is not None else None,
+        agrees if agreement else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `linear_kl` that are no hidden states."""
+
+    objective: Objective
+    token_weights: Tensor
+    valid_columns: int
+    labels: Tensor | None
+    lm_weight: float
+    temperature: float
+    factor: float
+    agreement: bool
+    sequence_parallel: bool
+    chunk_tokens: int
+    tp_group: dist.ProcessGroup | None
+    differentiate: bool
 
 
 class _LinearKL(torch.autograd.Function):
@@ -94,71 +144,56 @@ class _LinearKL(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         student_head: Tensor,
-        teacher: Tensor,
-        teacher_head: Tensor,
-        token_weights: Tensor,
-        valid_columns: int,
-        labels: Tensor | None,
-        temperature: float,
-        sequence_parallel: bool,
-        chunk_tokens: int,
-        tp_group: dist.ProcessGroup | None,
-        differentiate: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if sequence_parallel:
-            assert tp_group is not None
-            student, teacher = _whole(student, tp_group), _whole(teacher, tp_group)
+        teacher: TeacherHidden | KnownTokens,
+        options: _Options,
+    ) -> tuple[Tensor, ...]:
+        if options.sequence_parallel:
+            assert options.tp_group is not None
+            student = _whole(student, options.tp_group)
+            if isinstance(teacher, TeacherHidden):
+                teacher = teacher._replace(hidden=_whole(teacher.hidden, options.tp_group))
         shape = student.shape[:-1]
-        student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)  # [tokens, h]
+        student = student.flatten(0, -2)  # [tokens, h]
         dtype = accumulation_dtype(student.dtype)
-        per_token = token_weights.flatten().to(dtype)
-        mask = per_token != 0
-        weights = per_token.new_zeros(4, per_token.numel())
-        weights[0] = per_token
-        labels = None if labels is None else labels.flatten()
+        token_weights = options.token_weights.flatten().to(dtype)
+        mask = token_weights != 0
+        labels = None if options.labels is None else options.labels.flatten()
+        by_loss = token_weights.new_tensor([options.factor, options.lm_weight])
+        found = token_weights.new_empty(4, token_weights.numel())
+        head_grad = torch.zeros_like(student_head, dtype=dtype) if options.differentiate else None
+        hidden_grad = torch.empty_like(student) if options.differentiate else None
 
-        losses = weights.new_empty(weights.shape)
-        head_grad = torch.zeros_like(student_head, dtype=dtype) if differentiate else None
-        hidden_grad = torch.empty_like(student) if differentiate else None
-
-        def start(chunk: slice) -> Any:
-            return start_logit_losses(
+        def job(chunk: slice) -> Steps[None]:
+            logits = Logits(
                 student[chunk] @ student_head.t(),
-                teacher[chunk] @ teacher_head.t(),
-                weights[:, chunk].contiguous() if differentiate else None,
-                valid_columns=valid_columns,
-                labels=None if labels is None else labels[chunk],
+                _teacher_rows(teacher, chunk),
+                options.valid_columns,
+                options.temperature,
+                None if labels is None else labels[chunk],
                 mask=mask[chunk],
-                temperature=temperature,
-                tp_group=tp_group,
+                tp_group=options.tp_group,
             )
-
-        def finish(chunk: slice, started: Any) -> None:
-            losses[:, chunk], logits_grad = started()
+            if options.agreement:
+                found[3, chunk] = yield from top1_agreement(logits)
+            weights = by_loss[:, None] * token_weights[chunk] if options.differentiate else None
+            losses = yield from _losses_and_gradient(options.objective, logits, weights)
+            found[0, chunk] = options.factor * losses.objective
+            if options.lm_weight:
+                found[0, chunk] += options.lm_weight * losses.cross_entropy
+            found[1, chunk], found[2, chunk] = losses.forward_kl, losses.cross_entropy
             if head_grad is not None and hidden_grad is not None:
-                torch.mm(logits_grad, student_head, out=hidden_grad[chunk])
-                _add_product(head_grad, logits_grad.t(), student[chunk])
+                torch.mm(logits.student, student_head, out=hidden_grad[chunk])
+                _add_product(head_grad, logits.student.t(), student[chunk])
 
-        pending = None
-        for first in range(0, student.size(0), chunk_tokens):
-            chunk = slice(first, first + chunk_tokens)
-            if tp_group is None or tp_group.size() == 1:  # nothing goes on meanwhile
-                finish(chunk, start(chunk))
-                continue
-            started = start(chunk)
-            if pending is not None:
-                finish(*pending)
-            pending = (chunk, started)
-        if pending is not None:
-            finish(*pending)
+        starts = range(0, student.size(0), options.chunk_tokens)
+        jobs = (job(slice(start, start + options.chunk_tokens)) for start in starts)
+        _take_turns(jobs, at_once=1 if options.tp_group is None else 2)
 
-        ctx.save_for_backward(hidden_grad, head_grad, per_token)
-        ctx.shape, ctx.sequence_parallel, ctx.tp_group = shape, sequence_parallel, tp_group
-        ctx.head_dtype = student_head.dtype
-        kl, _, cross_entropy, _ = losses.view(4, *shape).unbind(0)
-        kl, cross_entropy = kl.clone(), cross_entropy.clone()
-        ctx.mark_non_differentiable(cross_entropy)
-        return kl, cross_entropy
+        ctx.save_for_backward(hidden_grad, head_grad, token_weights)
+        ctx.shape, ctx.options, ctx.head_dtype = shape, options, student_head.dtype
+        loss, *readings = (x.clone() for x in found.view(4, *shape).unbind(0))
+        ctx.mark_non_differentiable(*readings)
+        return loss, *readings
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,9 +206,9 @@ class _LinearKL(torch.autograd.Function):
             "the gradient that reaches linear_kl is not proportional to its token_weights",
         )
         hidden_grad = (hidden_grad * factor).to(hidden_grad.dtype)
-        group = ctx.tp_group
-        if group is not None and group.size() > 1:  # every rank has seen its columns' part alone
-            if ctx.sequence_parallel:
+        group = ctx.options.tp_group
+        if group is not None:  # every rank has seen its columns' part alone
+            if ctx.options.sequence_parallel:
                 part = hidden_grad.new_empty(
                     hidden_grad.size(0) // group.size(), hidden_grad.size(1)
                 )
@@ -182,7 +217,45 @@ class _LinearKL(torch.autograd.Function):
             else:
                 dist.all_reduce(hidden_grad, group=group)
         hidden_grad = hidden_grad.view(-1, ctx.shape[1], hidden_grad.size(1))
-        return hidden_grad, (head_grad * factor).to(ctx.head_dtype), *[None] * 10
+        return hidden_grad, (head_grad * factor).to(ctx.head_dtype), None, None
+
+
+def _teacher_rows(teacher: TeacherHidden | KnownTokens, chunk: slice) -> Tensor | KnownTokens:
+    """The teacher's side of a chunk's `Logits`."""
+    if isinstance(teacher, KnownTokens):
+        return KnownTokens(*(x.flatten(0, -2)[chunk] for x in teacher))
+    return teacher.hidden.flatten(0, -2)[chunk] @ teacher.head.t()
+
+
+def _losses_and_gradient(
+    objective: Objective, logits: Logits, weights: Tensor | None
+) -> Steps[Losses]:
+    """The losses; with weights [2, tokens], the gradient replaces the student's logits."""
+    if isinstance(objective, KL) and weights is not None:
+        return (yield from objective.fused(logits, weights))
+    losses, saved = yield from objective.losses(logits)
+    if weights is not None:
+        objective.gradient(logits, saved, weights, logits.student)
+    return losses
+
+
+def _take_turns(jobs: Iterator[Steps[None]], *, at_once: int) -> None:
+    """Complete all jobs in order, `at_once` of them begun; one that waits lets the other go on."""
+    begun: deque[Steps[None]] = deque()
+
+    def advance(job: Steps[None]) -> None:
+        try:
+            next(job)
+        except StopIteration:
+            return
+        begun.append(job)
+
+    for job in jobs:
+        advance(job)
+        while len(begun) >= at_once:
+            advance(begun.popleft())
+    while begun:
+        advance(begun.popleft())
 
 
 def _whole(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -21,17 +21,18 @@ up, never taken as 1 − Σ_S p, which would leave it no digits.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minitron.ops.library import define
+from minitron.ops.objectives import KnownTokens, Logits, Losses, Saved, Steps, logit_loss
 from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
     accumulation_dtype,
-    gather_statistics,
+    start_gathering,
     token_chunks,
 )
 
@@ -39,6 +40,7 @@ NO_ID = -1
 """Pads a token's list of ids."""
 
 _NUM_STATISTICS = 7
+_ROUNDING = 32  # units by which probabilities that sum up to one may seem not to
 
 
 def sparse_kl(
@@ -65,8 +67,8 @@ def sparse_kl(
         log_probabilities: [s, b, k] the teacher's, at τ, natural; −inf counts nothing. What stands
             beside an id of −1 is not looked at.
         tail: whether the rest of the probability is compared too, as one bin. Probabilities that
-            sum up to one, or by rounding to more, leave no tail. Without it they are weights, of
-            any sum.
+            sum up to one within rounding, or to more, leave no tail. Without it they are weights,
+            of any sum.
         valid_columns: leading columns of `student` that stand for a token; see `logit_losses`.
         temperature: τ, divides the student's logits.
         temperature_power: the loss is multiplied by this power of τ.
@@ -77,88 +79,73 @@ def sparse_kl(
         [s, b] loss in nats, the same on every rank, in fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: ids and log-probabilities differ in shape, or do not go with the logits.
+        ValueError: the shapes do not go together.
 
     Source: arXiv:2503.16870.
     """
-    if ids.shape != log_probabilities.shape or ids.shape[:-1] != student.shape[:-1]:
-        raise ValueError(
-            f"ids {list(ids.shape)} and log-probabilities {list(log_probabilities.shape)} do not "
-            f"go with student logits {list(student.shape)}"
-        )
-    loss = _SparseKL.apply(
-        student, ids, log_probabilities, loss_mask, tail, valid_columns, temperature, tp_group
+    return logit_loss(
+        student,
+        KnownTokens(ids, log_probabilities),
+        SparseKL(tail),
+        valid_columns=valid_columns,
+        temperature=temperature,
+        temperature_power=temperature_power,
+        loss_mask=loss_mask,
+        tp_group=tp_group,
     )
-    factor = temperature**temperature_power
-    return loss * factor if factor != 1 else loss
 
 
-class _SparseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        ids: Tensor,
-        log_probabilities: Tensor,
-        loss_mask: Tensor | None,
-        tail: bool,
-        valid_columns: int,
-        temperature: float,
-        tp_group: dist.ProcessGroup | None,
-    ) -> Tensor:
-        rank = tp_group.rank() if tp_group is not None else 0
-        ctx.options = (valid_columns, rank * student.size(-1), temperature)
-        mask = None if loss_mask is None else loss_mask.flatten() != 0
-        ids = ids.flatten(0, -2).long()
-        weights = sparse_weights(ids, log_probabilities.flatten(0, -2), student.dtype)
-        rows = (student.flatten(0, -2), ids, weights, None, mask)
-        gathered = gather_statistics(sparse_kl_statistics(*rows, *ctx.options), tp_group)
-        losses, merged = merge_sparse_kl(gathered, weights, mask, temperature, tail=tail)
-        ctx.save_for_backward(student, ids, weights, mask, merged)
-        return losses[0].view(student.shape[:-1])
+@dataclass(frozen=True)
+class SparseKL:
+    """The loss of `sparse_kl` as an objective."""
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        student, ids, weights, mask, merged = ctx.saved_tensors
-        upstream = merged.new_zeros(2, merged.size(0))
-        upstream[0] = grad_outputs[0].flatten()
-        rows = student.flatten(0, -2)
-        grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        sparse_kl_gradient(rows, ids, weights, None, mask, merged, upstream, *ctx.options, grad)
-        return grad.view(student.shape), *[None] * 7
+    tail: bool
 
+    def losses(self, logits: Logits) -> Steps[tuple[Losses, Saved]]:
+        """See `Objective`; what stands for the whole forward KL is the loss itself."""
+        ids = logits.known_tokens.ids.long()
+        weights = logits.known_tokens.log_probabilities.to(accumulation_dtype(logits.student.dtype))
+        weights = torch.where(ids >= 0, weights.exp(), 0)
+        options = (logits.valid_columns, logits.offset, logits.temperature)
+        statistics = sparse_kl_statistics(
+            logits.student, ids, weights, logits.labels, logits.mask, *options
+        )
+        wait = start_gathering(statistics, logits.tp_group)
+        yield
+        (kl, cross_entropy), merged = self._merge(wait(), weights, logits)
+        return Losses(kl, kl, cross_entropy), (ids, weights, merged)
 
-def sparse_weights(ids: Tensor, log_probabilities: Tensor, dtype: torch.dtype) -> Tensor:
-    """The teacher's probabilities [tokens, k]; 0 at padding."""
-    log_probabilities = log_probabilities.to(accumulation_dtype(dtype))
-    return torch.where(ids >= 0, log_probabilities.exp(), 0)
+    def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
+        """See `Objective`."""
+        ids, probabilities, merged = saved
+        options = (logits.valid_columns, logits.offset, logits.temperature)
+        rows = (logits.student, ids, probabilities, logits.labels, logits.mask)
+        sparse_kl_gradient(*rows, merged, weights, *options, destination)
 
+    def _merge(self, gathered: Tensor, weights: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """Losses [2, tokens] (KL, cross-entropy) and the merged of all ranks' [t, tokens, 7].
 
-def merge_sparse_kl(
-    gathered: Tensor, weights: Tensor, mask: Tensor | None, temperature: float, *, tail: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses [2, tokens] (KL, cross-entropy) and merged statistics of all ranks' [t, tokens, 7].
+        The merged statistics [tokens, 6] are the maximum, the sums over all columns and over those
+        in the tail, the sum at τ = 1, the teacher's probability in all and that in the tail.
+        """
+        m, off, on, cross, known, unit, label = gathered.unbind(2)
+        maximum = m.amax(0)
+        shift = (m - maximum) / logits.temperature
+        scale = shift.exp()
+        off_sum = (off * scale).sum(0)
+        total = off_sum + (on * scale).sum(0)
+        unit_sum = (unit * (m - maximum).exp()).sum(0)
+        mass = weights.sum(1)
+        rest = 1 - mass if self.tail else torch.zeros_like(mass)
+        rest = torch.where(rest > _ROUNDING * torch.finfo(rest.dtype).eps, rest, 0)
 
-    The merged statistics [tokens, 6] are the maximum, the sums over all columns and over those in
-    the tail, the sum at τ = 1, the teacher's probability in all and that in the tail.
-    """
-    m, off, on, cross, known, unit, label = gathered.unbind(2)
-    maximum = m.amax(0)
-    shift = (m - maximum) / temperature
-    scale = shift.exp()
-    off_sum = (off * scale).sum(0)
-    total = off_sum + (on * scale).sum(0)
-    unit_sum = (unit * (m - maximum).exp()).sum(0)
-    mass = weights.sum(1)
-    rest = (1 - mass).clamp(min=0) if tail else torch.zeros_like(mass)
-
-    log_total = total.log()
-    kl = (cross - known * shift).sum(0) + mass * log_total
-    kl = kl + torch.where(rest > 0, rest * (rest.log() - off_sum.log() + log_total), 0)
-    losses = torch.stack([kl, maximum - label.sum(0) + unit_sum.log()])
-    if mask is not None:
-        losses = torch.where(mask, losses, 0)
-    return losses, torch.stack([maximum, total, off_sum, unit_sum, mass + rest, rest], dim=1)
+        log_total = total.log()
+        kl = (cross - known * shift).sum(0) + mass * log_total
+        kl = kl + torch.where(rest > 0, rest * (rest.log() - off_sum.log() + log_total), 0)
+        losses = torch.stack([kl, maximum - label.sum(0) + unit_sum.log()])
+        if logits.mask is not None:
+            losses = torch.where(logits.mask, losses, 0)
+        return losses, torch.stack([maximum, total, off_sum, unit_sum, mass + rest, rest], dim=1)
 
 
 def _statistics(

@@ -1,21 +1,32 @@
-"""The most probable tokens of vocabulary-parallel logits, over all ranks.
+"""The most probable tokens of vocabulary-parallel logits over all ranks, and the KL over them.
 
 A rank can only guess which of its columns are among the k largest of the whole vocabulary, but no
 more than its own k largest are. So every rank puts those forward, with its part of the normaliser,
 in one all-gather, and each makes the same choice. Equal logits, which bf16 has many of, go by the
 lower id: the choice does not depend on how many ranks made it.
+
+`TopKL` is the forward KL over a teacher's most probable tokens and one bin for all others, which
+`minitron.ops.sparse_kl` computes. Unlike a softmax over the chosen alone, the bin makes the student
+give them the teacher's share and not all.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron.ops.objectives import KnownTokens, Logits, Losses, Saved, Steps, kl_losses
+from minitron.ops.sparse_kl import SparseKL
 from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
     accumulation_dtype,
+    first_column,
     gather_statistics,
+    start_gathering,
     token_chunks,
 )
 
@@ -44,11 +55,55 @@ def top_tokens(
         [s, b, k'], most probable first, the same on every rank. An id of −1 (log-probability −inf)
         stands where a token has no more successors that are possible or needed.
     """
-    rank = tp_group.rank() if tp_group is not None else 0
-    options = (valid_columns, rank * logits.size(-1), temperature)
+    options = (valid_columns, first_column(logits, tp_group), temperature)
     gathered = gather_statistics(candidates(logits.flatten(0, -2), k, *options), tp_group)
     ids, log_probabilities = choose(gathered, k, p, temperature)
     return ids.view(*logits.shape[:-1], -1), log_probabilities.view(*logits.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class TopKL:
+    """Forward KL over the teacher's k most probable tokens and a tail bin, as an objective."""
+
+    k: int
+    p: float | None = None
+    """Take no more tokens than together have this probability."""
+
+    def losses(self, logits: Logits) -> Steps[tuple[Losses, Saved]]:
+        """See `Objective`."""
+        put_forward = candidates(
+            logits.teacher_logits,
+            self.k,
+            logits.valid_columns,
+            logits.offset,
+            logits.temperature,
+        )
+        whole, _, gathered = yield from kl_losses(logits, extra=put_forward)
+        known = KnownTokens(*choose(gathered, self.k, self.p, logits.temperature))
+        losses, saved = yield from SparseKL(tail=True).losses(
+            dataclasses.replace(logits, teacher=known)
+        )
+        return losses._replace(forward_kl=whole[0]), saved
+
+    def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
+        """See `Objective`."""
+        SparseKL(tail=True).gradient(logits, saved, weights, destination)
+
+
+def top1_agreement(logits: Logits) -> Steps[Tensor]:
+    """Where [tokens] student and teacher find the same token most probable: 1, else 0."""
+    options = (logits.valid_columns, logits.offset, 1.0)
+    best = [candidates(logits.student, 1, *options)]
+    if isinstance(logits.teacher, Tensor):
+        best.append(candidates(logits.teacher, 1, *options))
+    wait = start_gathering(torch.cat(best, 1), logits.tp_group)
+    yield
+    first = [choose(x, 1, None, 1.0)[0][:, 0] for x in wait().split(4, dim=2)]
+    if not isinstance(logits.teacher, Tensor):
+        most = logits.teacher.log_probabilities.argmax(1, keepdim=True)
+        first.append(logits.teacher.ids.gather(1, most)[:, 0])
+    agrees = (first[0] == first[1]).to(accumulation_dtype(logits.student.dtype))
+    return agrees if logits.mask is None else torch.where(logits.mask, agrees, 0)
 
 
 def candidates(rows: Tensor, k: int, valid_columns: int, offset: int, temperature: float) -> Tensor:
@@ -100,6 +155,7 @@ def _largest(x: Tensor, k: int) -> Tensor:
     """Columns [rows, k] of each row's k largest, ascending; of equal ones the first."""
     if k == x.size(1):
         return torch.arange(k, device=x.device).expand(x.size(0), -1)
+    x = x.nan_to_num(torch.inf, torch.inf, -torch.inf)  # not to be chosen around
     least = x.topk(k, dim=1).values[:, -1:]
     larger, equal = x > least, x == least
     keep = larger | (equal & (equal.cumsum(1) <= k - larger.sum(1, keepdim=True)))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron.ops.linear_kl import linear_kl
+from minitron.ops.linear_kl import TeacherHidden, linear_kl
 from tests.bench.runner import Case
 
 
@@ -65,12 +65,11 @@ def _fused(chunk_tokens: int) -> Callable[..., Tensor]:
         return linear_kl(
             student,
             head,
-            teacher,
-            teacher_head,
+            TeacherHidden(teacher, teacher_head),
             token_weights=torch.ones(student.shape[:2], device=student.device),
             valid_columns=head.size(0),
             chunk_tokens=chunk_tokens,
-        ).forward_kl
+        ).loss
 
     return loss
 

@@ -38,7 +38,7 @@ from minitron.model.arch import Architecture
 from minitron.model.hf import InitialWeights
 from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.schedule import run_schedule
-from minitron.ops.linear_kl import linear_kl
+from minitron.ops.linear_kl import TeacherHidden, linear_kl
 from minitron.parallel import ParallelConfig, Topology, initialize
 from minitron.train.config import TrainConfig
 from minitron.train.optimizer import build_optimizer, set_learning_rate, wrap_chunk
@@ -135,16 +135,15 @@ def concatenating(topology: Topology, teacher: LlamaModel) -> Step:
 
     def on_output(hidden: Tensor, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         ours, theirs = hidden.split(both.widths, dim=-1)
-        kl = linear_kl(
+        loss = linear_kl(
             ours.contiguous(),
             student.module.head,
-            theirs.detach().contiguous(),
-            teacher.head,
+            TeacherHidden(theirs.contiguous(), teacher.head),
             token_weights=batch.loss_mask.t(),
             valid_columns=student.module.valid_columns,
             tp_group=topology.groups.tp,
-        ).forward_kl
-        return kl.sum(), batch.loss_mask.sum().to(torch.int)
+        ).loss
+        return loss.sum(), batch.loss_mask.sum().to(torch.int)
 
     def step(microbatches: Sequence[Batch]) -> float:
         student.zero_grad_buffer()

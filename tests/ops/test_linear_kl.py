@@ -1,12 +1,19 @@
 """Heads, losses and gradients by chunks against fp64 autograd on whole logits, on 1 to 4 ranks."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minitron.ops.linear_kl import linear_kl
+from minitron.ops.linear_kl import TeacherHidden, linear_kl
+from minitron.ops.objectives import KL, KnownTokens
+from minitron.ops.sparse_kl import SparseKL
+from minitron.ops.top_tokens import top_tokens
 from tests.harness import run_distributed
+from tests.ops import definitions
+from tests.ops.definitions import OBJECTIVES
 
 S, B, H, TEACHER_H, VOCAB, PADDED = 8, 3, 20, 28, 301, 320
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -27,7 +34,18 @@ def _inputs(seed, dtype, device="cpu"):
     return tensors, labels.to(device), mask.to(device)
 
 
-def _run(seed, dtype, temperature, sequence_parallel, rank=0, size=1, group=None, device="cpu"):
+def _run(
+    seed,
+    dtype,
+    temperature,
+    sequence_parallel,
+    name,
+    lm_weight=0.0,
+    rank=0,
+    size=1,
+    group=None,
+    device="cpu",
+):
     (hidden, head, teacher, teacher_head), labels, mask = _inputs(seed, dtype, device)
     if sequence_parallel:
         hidden, teacher = hidden.chunk(size)[rank], teacher.chunk(size)[rank]
@@ -37,41 +55,54 @@ def _run(seed, dtype, temperature, sequence_parallel, rank=0, size=1, group=None
     result = linear_kl(
         hidden,
         head,
-        teacher,
-        teacher_head[rank * width : (rank + 1) * width],
+        TeacherHidden(teacher, teacher_head[rank * width : (rank + 1) * width]),
+        objective=OBJECTIVES[name],
         token_weights=mask,
         valid_columns=min(max(VOCAB - rank * width, 0), width),
         labels=labels,
+        lm_weight=lm_weight,
         temperature=temperature,
+        temperature_power=1.0,
+        agreement=True,
         sequence_parallel=sequence_parallel,
         chunk_tokens=7,
         tp_group=group,
     )
-    (0.3 * (result.forward_kl * mask).sum()).backward()
-    return result.forward_kl.detach(), result.cross_entropy, hidden.grad, head.grad
+    (0.3 * (result.loss * mask).sum()).backward()
+    return result._replace(loss=result.loss.detach()), hidden.grad, head.grad
 
 
 def _on_rank(*args):
-    return _run(*args, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    return _run(*args, 0.0, dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
-def _expected(seed, dtype, temperature, device):
+def _all_on_rank(seed, lm_weight):
+    place = (dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    run = functools.partial(_run, seed, torch.float64, 1.7, False)
+    return [run(name, lm_weight, *place) for name in OBJECTIVES]
+
+
+def _expected(seed, dtype, temperature, name, lm_weight, device):
     tensors, labels, mask = _inputs(seed, dtype, device)
     hidden, head, teacher, teacher_head = (x.double().clone() for x in tensors)
     hidden.requires_grad_()
     head.requires_grad_()
     logits, target = (hidden @ head.t())[..., :VOCAB], (teacher @ teacher_head.t())[..., :VOCAB]
-    log_p, log_q = (F.log_softmax(x / temperature, -1) for x in (logits, target))
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1) * mask
-    (0.3 * kl.sum()).backward()
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return kl.detach(), cross_entropy.detach().view(S, B) * mask, hidden.grad, head.grad
-
-
-def _check(ranks, seed, dtype, temperature, sequence_parallel):
-    kl, cross_entropy, hidden_grad, head_grad = _expected(
-        seed, dtype, temperature, ranks[0][0].device
+    objective, kl = (
+        definitions.objective(loss, logits, target, temperature) for loss in (name, "forward_kl")
     )
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    cross_entropy = cross_entropy.view(S, B)
+    loss = temperature * objective + lm_weight * cross_entropy
+    (0.3 * (loss * mask).sum()).backward()
+    agrees = logits.argmax(-1) == target.argmax(-1)
+    losses = [(x * mask).detach() for x in (loss, kl, cross_entropy, agrees)]
+    return losses, hidden.grad, head.grad
+
+
+def _check(ranks, seed, dtype, temperature, sequence_parallel, name, lm_weight=0.0):
+    device = ranks[0][1].device
+    losses, hidden_grad, head_grad = _expected(seed, dtype, temperature, name, lm_weight, device)
     tolerance = TOLERANCE[dtype]
 
     def assert_close(found, expected):
@@ -80,14 +111,16 @@ def _check(ranks, seed, dtype, temperature, sequence_parallel):
             found.double(), expected, rtol=tolerance, atol=tolerance * max(scale, 1)
         )
 
-    for found in ranks:
-        assert_close(found[0], kl)
-        assert_close(found[1], cross_entropy)
+    for found, grad, _ in ranks:
+        if dtype != torch.bfloat16:  # whose rounded logits have other maxima
+            assert torch.equal(found.top1_agreement.double(), losses[3])
+        for ours, expected in zip(found[:3], losses[:3], strict=True):
+            assert_close(ours, expected)
         if not sequence_parallel:
-            assert_close(found[2], hidden_grad)
+            assert_close(grad, hidden_grad)
     if sequence_parallel:
-        assert_close(torch.cat([found[2] for found in ranks]), hidden_grad)
-    head = torch.cat([found[3] for found in ranks])
+        assert_close(torch.cat([grad for _, grad, _ in ranks]), hidden_grad)
+    head = torch.cat([grad for _, _, grad in ranks])
     assert_close(head, head_grad)
     assert head[VOCAB:].count_nonzero() == 0
 
@@ -96,46 +129,90 @@ def _check(ranks, seed, dtype, temperature, sequence_parallel):
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_equals_whole_logits(dtype, temperature, device):
     seed = torch.seed() % 2**31
-    result = _run(seed, dtype, temperature, False, device=device)
-    _check([result], seed, dtype, temperature, False)
+    options = (seed, dtype, temperature, False, "forward_kl")
+    _check([_run(*options, device=device)], *options)
+
+
+@pytest.mark.parametrize("lm_weight", [0.0, 0.4])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_every_objective_equals_whole_logits(name, lm_weight, device):
+    options = (torch.seed() % 2**31, torch.float64, 1.7, False, name, lm_weight)
+    _check([_run(*options, device=device)], *options)
 
 
 @DTYPES
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "sp"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_equals_whole_logits_on_ranks(dtype, world_size, sequence_parallel):
+    options = (torch.seed() % 2**31, dtype, 1.7, sequence_parallel, "forward_kl")
+    _check(run_distributed(_on_rank, world_size, *options), *options)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_objective_equals_whole_logits_on_ranks(world_size):
     seed = torch.seed() % 2**31
-    ranks = run_distributed(_on_rank, world_size, seed, dtype, 1.7, sequence_parallel)
-    _check(ranks, seed, dtype, 1.7, sequence_parallel)
+    by_rank = run_distributed(_all_on_rank, world_size, seed, 0.4)
+    for name, *ranks in zip(OBJECTIVES, *by_rank, strict=True):
+        _check(ranks, seed, torch.float64, 1.7, False, name, 0.4)
+
+
+def test_a_teacher_of_known_tokens():
+    """All of its tokens known, it is the teacher itself."""
+    (hidden, head, teacher, teacher_head), labels, mask = _inputs(0, torch.float64)
+    known = KnownTokens(
+        *top_tokens(teacher @ teacher_head.t(), VOCAB, valid_columns=VOCAB, temperature=1.7)
+    )
+    results = []
+    for side, objective in (
+        (TeacherHidden(teacher, teacher_head), KL()),
+        (known, SparseKL(tail=True)),
+    ):
+        x, y = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        found = linear_kl(
+            x,
+            y,
+            side,
+            objective=objective,
+            token_weights=mask,
+            valid_columns=VOCAB,
+            labels=labels,
+            lm_weight=0.4,
+            temperature=1.7,
+            agreement=True,
+            chunk_tokens=7,
+        )
+        (found.loss * mask).sum().backward()
+        results.append((*(loss.detach() for loss in found), x.grad, y.grad))
+    torch.testing.assert_close(*results)
 
 
 def test_without_gradients():
     (hidden, head, teacher, teacher_head), labels, mask = _inputs(0, torch.float32)
     options = {"token_weights": mask, "valid_columns": VOCAB, "labels": labels}
     with torch.no_grad():
-        plain = linear_kl(hidden, head, teacher, teacher_head, **options)
+        plain = linear_kl(hidden, head, TeacherHidden(teacher, teacher_head), **options)
     hidden.requires_grad_()
-    tracked = linear_kl(hidden, head, teacher, teacher_head, **options)
-    torch.testing.assert_close(plain.forward_kl, tracked.forward_kl.detach())
+    tracked = linear_kl(hidden, head, TeacherHidden(teacher, teacher_head), **options)
+    torch.testing.assert_close(plain.loss, tracked.loss.detach())
     torch.testing.assert_close(plain.cross_entropy, tracked.cross_entropy)
 
 
 def test_a_gradient_out_of_proportion_is_refused():
     (hidden, head, teacher, teacher_head), _, mask = _inputs(0, torch.float32)
     hidden.requires_grad_()
-    result = linear_kl(hidden, head, teacher, teacher_head, token_weights=mask, valid_columns=VOCAB)
+    states = TeacherHidden(teacher, teacher_head)
+    result = linear_kl(hidden, head, states, token_weights=mask, valid_columns=VOCAB)
     with pytest.raises(RuntimeError, match="not proportional to its token_weights"):
-        result.forward_kl.square().sum().backward()
+        result.loss.square().sum().backward()
 
 
 def test_masked_tokens_alone():
     (hidden, head, teacher, teacher_head), _, mask = _inputs(0, torch.float32)
     hidden.requires_grad_()
     head.requires_grad_()
-    result = linear_kl(
-        hidden, head, teacher, teacher_head, token_weights=mask * 0, valid_columns=VOCAB
-    )
-    result.forward_kl.sum().backward()
-    assert result.forward_kl.count_nonzero() == 0
+    states = TeacherHidden(teacher, teacher_head)
+    result = linear_kl(hidden, head, states, token_weights=mask * 0, valid_columns=VOCAB)
+    result.loss.sum().backward()
+    assert result.loss.count_nonzero() == 0
     assert hidden.grad.count_nonzero() == 0
     assert head.grad.count_nonzero() == 0

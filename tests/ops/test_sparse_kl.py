@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -196,7 +197,8 @@ def test_ops_keep_the_contract_of_torch(name, dtype):
 
 
 def test_ids_must_go_with_the_logits():
-    with pytest.raises(ValueError, match=r"ids \[2, 1, 3\] .* \[2, 1, 4\] .* logits \[2, 1, 9\]"):
+    message = "logits [2, 1, 9] and a teacher of [2, 1, 3] and [2, 1, 4] do not go together"
+    with pytest.raises(ValueError, match=re.escape(message)):
         sparse_kl(
             torch.zeros(2, 1, 9),
             torch.zeros(2, 1, 3, dtype=torch.int64),

@@ -115,6 +115,10 @@ def _validation_means(root, *losses):
         return [loss(batch).mean().item() for loss in losses]
 
 
+def _most_probable(model, batch):
+    return model(batch.tokens).logits.argmax(-1)
+
+
 @pytest.mark.parametrize(("topology", "distill"), [("tp1", False), ("dp2", True), ("pp2", True)])
 def test_metrics_of_a_run(models, tmp_path, topology, distill):
     root, student, teacher = models
@@ -124,7 +128,7 @@ def test_metrics_of_a_run(models, tmp_path, topology, distill):
     records = read_metrics(tmp_path / "metrics.jsonl")
 
     losses = ["loss", "kl"] if distill else ["loss"]
-    validation = ["val_loss", "val_kl"] if distill else ["val_loss"]
+    validation = ["val_loss", "val_kl", "val_top1_agreement"] if distill else ["val_loss"]
     trained = [r for r in records if "loss" in r]
     for step, record in enumerate(trained, start=1):
         expected = {"step", "lr", "grad_norm", "tokens", *MEASURED, *losses}
@@ -148,6 +152,7 @@ def test_metrics_of_a_run(models, tmp_path, topology, distill):
         root,
         lambda batch: reference.language_modeling_loss(student, batch),
         lambda batch: reference.distillation_loss(student, teacher, batch),
+        lambda batch: _most_probable(student, batch).eq(_most_probable(teacher, batch)).double(),
     )
     found = [validated[0][name] for name in validation]
     assert found == pytest.approx(expected[: len(found)], rel=1e-5)

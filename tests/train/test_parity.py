@@ -122,8 +122,8 @@ def test_ten_steps_are_those_of_plain_pytorch(expected, tmp_path, topology, case
 def _scaled_kl(*args, **options):
     """The right loss with the gradient of a collective that autograd has summed over its ranks."""
     found = linear_kl(*args, **options)
-    kl, factor = found.forward_kl, options["tp_group"].size()
-    return found._replace(forward_kl=kl.detach() + factor * (kl - kl.detach()))
+    loss, factor = found.loss, options["tp_group"].size()
+    return found._replace(loss=loss.detach() + factor * (loss - loss.detach()))
 
 
 def _train_with_scaled_gradient(parallel, run):

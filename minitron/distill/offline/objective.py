@@ -9,9 +9,11 @@ from torch import Tensor
 from minitron.data.batches import Batch
 from minitron.distill.losses import DistillConfig
 from minitron.distill.offline.teacher import StoredTeacher
+from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
-from minitron.ops.sparse_kl import sparse_kl
-from minitron.train.objective import language_modeling_loss
+from minitron.ops.linear_kl import LinearLosses, linear_kl
+from minitron.ops.objectives import KnownTokens
+from minitron.ops.sparse_kl import SparseKL
 
 
 class StoredDistillation:
@@ -23,15 +25,24 @@ class StoredDistillation:
 
     Args:
         teacher: reads the store.
-        config: the temperature, that of the store.
+        config: the loss; its temperature is that of the store.
+
+    Raises:
+        MinitronError: the loss needs more of the teacher than a store has.
     """
 
-    training_losses = ("loss", "kl")
     validation_losses = ("val_loss", "val_kl")
 
     def __init__(self, teacher: StoredTeacher, config: DistillConfig) -> None:
+        if config.loss != "forward_kl":
+            raise MinitronError(
+                f"distill.loss={config.loss} needs the teacher's whole distributions, which a "
+                "store does not hold; set distill.loss=forward_kl, or teacher.path instead of "
+                "teacher.logits"
+            )
         self._teacher = teacher
         self._config = config
+        self.training_losses = config.training_losses
 
     def window(self, microbatches: Sequence[Batch]) -> int | None:
         """A step is one window: targets are read as they are needed."""
@@ -44,32 +55,43 @@ class StoredDistillation:
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """`kl` [s, b], which is also the `loss`."""
-        kl = self._kl(model, model.logits(hidden), batch, index)
-        return {"loss": kl, "kl": kl}
+        """The `loss`, and for reading `kl` and the cross-entropy `ce`, each [s, b]."""
+        found = self._losses(model, hidden, batch, index, labels=bool(self._config.lm_weight))
+        losses = {"loss": found.loss, "kl": found.forward_kl}
+        return losses if found.cross_entropy is None else {**losses, "ce": found.cross_entropy}
 
     def validation(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
         """The student's own cross-entropy `val_loss` and its divergence `val_kl`, both [s, b]."""
-        logits = model.logits(hidden)
-        cross_entropy = language_modeling_loss(model, logits, batch)
-        return {"val_loss": cross_entropy, "val_kl": self._kl(model, logits, batch, index)}
+        found = self._losses(model, hidden, batch, index, labels=True)
+        assert found.cross_entropy is not None
+        return {"val_loss": found.cross_entropy, "val_kl": found.forward_kl}
 
     def finish(self, losses: dict[str, float]) -> dict[str, float]:
         """The means as they are."""
         return losses
 
-    def _kl(self, model: LlamaModel, logits: Tensor, batch: Batch, index: int) -> Tensor:
-        targets = self._teacher.take(index)
-        kl = sparse_kl(
-            logits,
-            targets.ids,
-            targets.log_probs,
-            tail=self._teacher.store.has_tail,
+    def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, *, labels: bool
+    ) -> LinearLosses:
+        targets, config = self._teacher.take(index), self._config
+        found = linear_kl(
+            hidden,
+            model.head,
+            KnownTokens(targets.ids, targets.log_probs),
+            objective=SparseKL(tail=self._teacher.store.has_tail),
+            token_weights=batch.loss_mask.t(),
             valid_columns=model.valid_columns,
-            temperature=self._config.temperature,
-            loss_mask=batch.loss_mask.t(),
+            labels=batch.labels.t() if labels else None,
+            lm_weight=config.lm_weight,
+            temperature=config.temperature,
+            temperature_power=config.temperature_power,
+            sequence_parallel=model.config.sequence_parallel,
             tp_group=model.topology.groups.tp,
         )
-        return kl + targets.entropy_excess
+        factor = config.temperature**config.temperature_power
+        return found._replace(
+            loss=found.loss + factor * targets.entropy_excess,
+            forward_kl=found.forward_kl + targets.entropy_excess,
+        )

@@ -13,6 +13,7 @@ from minitron.distill.offline.cache import CacheConfig
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher
+from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.parallel import initialize
 from minitron.train.config import TrainConfig
@@ -194,3 +195,9 @@ def test_draws_are_an_estimate_of_the_divergence(world, tmp_path, topology):
         (log_q.exp() * (log_q - _log_probs(student, batch))).sum(-1), batch
     )
     assert trained["loss"] == pytest.approx(exact.item(), rel=0.2)
+
+
+def test_a_loss_that_needs_whole_distributions_is_refused():
+    message = "distill.loss=jsd needs the teacher's whole distributions, which a store does not"
+    with pytest.raises(MinitronError, match=message):
+        StoredDistillation(None, DistillConfig(loss="jsd"))

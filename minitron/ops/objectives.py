@@ -1,0 +1,321 @@
+"""What a student's logits can be made to minimise: the frame that all objectives share.
+
+An objective condenses the logits of some tokens into a few numbers a token, which ranks exchange,
+and later writes the gradient by the student's logits from those numbers, without a collective. It
+says the first as a generator that yields whenever a collective is under way, so that its caller can
+do something else meanwhile: `minitron.ops.linear_kl` takes the next chunk of tokens through the
+heads. `logit_loss` is the differentiable op over logits that exist as a whole.
+
+No collective enters autograd: three published implementations do that and return a right loss with
+a gradient wrong by the group's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minitron.ops.logit_kl import _gradient as logit_kl_gradient
+from minitron.ops.logit_kl import _merge as logit_kl_merge
+from minitron.ops.logit_kl import _statistics as logit_kl_statistics
+from minitron.ops.logit_kl import start_logit_losses
+from minitron.ops.vocab_parallel import first_column, label_columns, start_gathering
+
+
+class KnownTokens(NamedTuple):
+    """A teacher of whom a few tokens of each distribution are known; see `sparse_kl`."""
+
+    ids: Tensor
+    """[s, b, k] or [tokens, k], ids in the whole vocabulary; −1 pads."""
+    log_probabilities: Tensor
+    """The same shape, at τ."""
+
+
+Teacher = Tensor | KnownTokens
+"""Logits, of the student's shape, or what is known of them."""
+
+Result = TypeVar("Result")
+Steps = Generator[None, None, Result]
+"""Yields while a collective is under way; returns its result in the end."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits of some tokens on this rank, and all that goes with them."""
+
+    student: Tensor
+    """[tokens, v/t]."""
+    teacher: Teacher
+    """[tokens, v/t], or known tokens [tokens, k]."""
+    valid_columns: int
+    """Leading columns that stand for a token."""
+    temperature: float = 1.0
+    labels: Tensor | None = None
+    """[tokens] ids in the whole vocabulary; asks for the cross-entropy too."""
+    forward_kl: bool = True
+    """Asks for the forward KL too, which costs some objectives a sweep."""
+    mask: Tensor | None = None
+    """[tokens] bool; where False, logits are not read and losses are zero."""
+    tp_group: dist.ProcessGroup | None = None
+
+    @property
+    def offset(self) -> int:
+        """Id of the first column."""
+        return first_column(self.student, self.tp_group)
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """[tokens, v/t]."""
+        if isinstance(self.teacher, KnownTokens):
+            raise ValueError("of a teacher with known tokens, only SparseKL makes a loss")
+        return self.teacher
+
+    @property
+    def known_tokens(self) -> KnownTokens:
+        """[tokens, k]."""
+        if not isinstance(self.teacher, KnownTokens):
+            raise ValueError("SparseKL wants known tokens of the teacher, not logits")
+        return self.teacher
+
+
+class Losses(NamedTuple):
+    """Per-token losses [tokens] in nats, the same on every rank."""
+
+    objective: Tensor
+    forward_kl: Tensor
+    """KL(teacher || student) at τ; meaningless unless asked for."""
+    cross_entropy: Tensor
+    """Of the student with the labels, at τ = 1; meaningless unless asked for."""
+
+
+Saved = tuple[Tensor, ...]
+
+
+class Objective(Protocol):
+    """A loss between a student's and a teacher's next-token distributions."""
+
+    def losses(self, logits: Logits) -> Steps[tuple[Losses, Saved]]:
+        """Compute the losses, and what the gradient needs of them."""
+        ...
+
+    def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
+        """Write the gradient of a weighted sum of losses by the student's logits.
+
+        Args:
+            logits: those of `losses`.
+            saved: from `losses`.
+            weights: [2, tokens] of the objective and of the cross-entropy.
+            destination: [tokens, v/t] takes the gradient; may be the student's logits.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class KL:
+    """Forward KL(teacher || student), or reverse KL(student || teacher), from one sweep."""
+
+    reverse: bool = False
+
+    def losses(self, logits: Logits) -> Steps[tuple[Losses, Saved]]:
+        """See `Objective`."""
+        losses, merged = yield from kl_losses(logits, reverse=self.reverse)
+        forward_kl, reverse_kl, cross_entropy, _ = losses.unbind(0)
+        objective = reverse_kl if self.reverse else forward_kl
+        return Losses(objective, forward_kl, cross_entropy), (merged,)
+
+    def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
+        """See `Objective`."""
+        logit_kl_gradient(
+            logits.student,
+            logits.teacher_logits,
+            logits.labels,
+            logits.mask,
+            *saved,
+            self._weights(weights),
+            logits.valid_columns,
+            logits.offset,
+            logits.temperature,
+            self.reverse,
+            logits.labels is not None,
+            destination,
+        )
+
+    def fused(self, logits: Logits, weights: Tensor) -> Steps[Losses]:
+        """`losses`, and `gradient` over the student's logits, from one read where ranks are one."""
+        finish = start_logit_losses(
+            logits.student,
+            logits.teacher_logits,
+            self._weights(weights),
+            valid_columns=logits.valid_columns,
+            labels=logits.labels,
+            mask=logits.mask,
+            reverse=self.reverse,
+            temperature=logits.temperature,
+            tp_group=logits.tp_group,
+        )
+        yield
+        forward_kl, reverse_kl, cross_entropy, _ = finish()[0].unbind(0)
+        return Losses(reverse_kl if self.reverse else forward_kl, forward_kl, cross_entropy)
+
+    def _weights(self, weights: Tensor) -> Tensor:
+        by_objective, by_cross_entropy = weights
+        zero = torch.zeros_like(by_objective)
+        kl = (zero, by_objective) if self.reverse else (by_objective, zero)
+        return torch.stack([*kl, by_cross_entropy, zero])
+
+
+def kl_losses(logits: Logits, *, reverse: bool = False, extra: Tensor | None = None) -> Steps[Any]:
+    """The sweep of `minitron.ops.logit_kl`, with which most objectives begin.
+
+    Args:
+        logits: of both.
+        reverse: also the reverse KL.
+        extra: [tokens, k] to gather in the same collective.
+
+    Returns:
+        Losses [4, tokens] and merged statistics [tokens, 8]; with `extra`, also that of all ranks,
+        [t, tokens, k].
+    """
+    statistics = logit_kl_statistics(
+        logits.student,
+        logits.teacher_logits,
+        logits.labels,
+        logits.mask,
+        logits.valid_columns,
+        logits.offset,
+        logits.temperature,
+        reverse,
+        logits.labels is not None,
+    )
+    width = statistics.size(1)
+    if extra is not None:
+        statistics = torch.cat([statistics, extra], 1)
+    wait = start_gathering(statistics, logits.tp_group)
+    yield
+    gathered = wait()
+    found = logit_kl_merge(gathered[..., :width].contiguous(), logits.mask, logits.temperature)
+    return found if extra is None else (*found, gathered[..., width:])
+
+
+def start_sum(values: Tensor, group: dist.ProcessGroup | None) -> Steps[Tensor]:
+    """Add up all ranks' values, in place."""
+    if group is not None and group.size() > 1:
+        work = dist.all_reduce(values, group=group, async_op=True)
+        yield
+        work.wait()
+    return values
+
+
+def completed(steps: Steps[Result]) -> Result:
+    """Take steps to their end, waiting for every collective."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def add_cross_entropy_gradient(
+    grad: Tensor, student: Tensor, labels: Tensor, offset: int, merged: Tensor, weights: Tensor
+) -> None:
+    """Add the gradient of the cross-entropy to that of another loss, both before rounding.
+
+    Args:
+        grad: [tokens, valid columns].
+        student: the same logits, of the same dtype.
+        labels: [tokens] ids in the whole vocabulary.
+        offset: id of the first column.
+        merged: [tokens, 8] of `kl_losses`.
+        weights: [tokens] of the cross-entropy.
+    """
+    if not grad.size(1):
+        return
+    maximum, unit_sum = merged[:, 0, None], merged[:, 6, None]
+    grad += (student - maximum).exp_().mul_(weights[:, None] / unit_sum)
+    columns, here = label_columns(labels, offset, grad.size(1))
+    grad.scatter_add_(1, columns[:, None], -torch.where(here, weights, 0)[:, None])
+
+
+def logit_loss(
+    student: Tensor,
+    teacher: Teacher,
+    objective: Objective,
+    *,
+    valid_columns: int,
+    temperature: float = 1.0,
+    temperature_power: float = 0.0,
+    loss_mask: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """An objective per token, from whole logits; its gradient is recomputed in the backward pass.
+
+    Args:
+        student: [s, b, v/t] raw logits.
+        teacher: [s, b, v/t] raw logits, or known tokens [s, b, k]; no gradient.
+        objective: what to compute.
+        valid_columns: leading columns that stand for a token; the rest are padding, excluded from
+            every sum and given a gradient of exactly zero.
+        temperature: τ, divides both logits.
+        temperature_power: the loss is multiplied by this power of τ.
+        loss_mask: [s, b]; where it is zero, logits are not read, loss and gradient are zero.
+        tp_group: the ranks that share the vocabulary; None for one rank.
+
+    Returns:
+        [s, b], the same on every rank, in fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: the teacher's shape does not go with the student's, or the objective does not
+            go with the kind of teacher.
+    """
+    if isinstance(teacher, KnownTokens):
+        fits = all(x.shape[:-1] == student.shape[:-1] for x in teacher)
+        fits &= teacher.ids.shape == teacher.log_probabilities.shape
+        sizes = " and ".join(str(list(x.shape)) for x in teacher)
+    else:
+        fits, sizes = teacher.shape == student.shape, str(list(teacher.shape))
+    if not fits:
+        raise ValueError(
+            f"student logits {list(student.shape)} and a teacher of {sizes} do not go together"
+        )
+    rows = Logits(
+        student.detach().flatten(0, -2),
+        flat(teacher),
+        valid_columns,
+        temperature,
+        forward_kl=False,
+        mask=None if loss_mask is None else loss_mask.flatten() != 0,
+        tp_group=tp_group,
+    )
+    loss = _LogitLoss.apply(student, objective, rows)
+    factor = temperature**temperature_power
+    return loss * factor if factor != 1 else loss
+
+
+def flat(teacher: Teacher) -> Teacher:
+    """With [s, b] as one dimension of tokens; cut from the graph."""
+    if isinstance(teacher, KnownTokens):
+        return KnownTokens(*(x.detach().flatten(0, -2) for x in teacher))
+    return teacher.detach().flatten(0, -2)
+
+
+class _LogitLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, objective: Objective, rows: Logits) -> Tensor:
+        losses, saved = completed(objective.losses(rows))
+        ctx.save_for_backward(*saved)
+        ctx.objective, ctx.rows = objective, rows
+        return losses.objective.view(student.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows = ctx.rows
+        upstream = grad_outputs[0].flatten()
+        weights = torch.stack([upstream, torch.zeros_like(upstream)])
+        grad = torch.empty_like(rows.student, memory_format=torch.contiguous_format)
+        ctx.objective.gradient(rows, ctx.saved_tensors, weights, grad)
+        return grad.view(*grad_outputs[0].shape, -1), None, None
