@@ -3,21 +3,45 @@
 import pytest
 import torch
 
-from minitron.ops import sparse_kl
+from minitron.ops import divergences, logit_moments, sparse_kl
 
 TOKENS, COLUMNS, VALID, KNOWN, TEMPERATURE = 15, 8209, 8200, 9, 1.7
+KINDS = ("jsd", "skew_kl", "skew_reverse_kl", "tvd")
 
 
 def _draws(dtype):
     torch.seed()
-    student = (3 * torch.randn(TOKENS, COLUMNS)).to(dtype)
-    student[1, 40:60] = -torch.inf
+    student, teacher = (3 * torch.randn(2, TOKENS, COLUMNS)).to(dtype)
+    student[1, 40:60] = teacher[:, 50:70] = -torch.inf
     labels = torch.randint(VALID, (TOKENS,))
-    return student, labels, torch.rand(TOKENS) < 0.7
+    return student, teacher, labels, torch.rand(TOKENS) < 0.7
+
+
+def _of_divergences(dtype, kind):
+    student, teacher, labels, mask = _draws(dtype)
+    rows = (student, teacher, labels, mask)
+    statistics = torch.ops.minitron.logit_kl_statistics(*rows, VALID, 0, TEMPERATURE, True, True)
+    _, merged = torch.ops.minitron.logit_kl_merge(statistics[None], mask, TEMPERATURE)
+    sums = (student, teacher, mask, merged, kind, 0.3, VALID, TEMPERATURE)
+    gradient = (*rows, merged, torch.randn(TOKENS), torch.rand(2, TOKENS), kind, 0.3)
+    return {
+        divergences.divergence_sums: sums,
+        divergences.divergence_gradient: (*gradient, VALID, 0, TEMPERATURE, student.clone()),
+    }
+
+
+def _of_moments(dtype):
+    student, teacher, labels, mask = _draws(dtype)
+    normalizers, coefficients = torch.rand(TOKENS, 8) + 20, torch.randn(TOKENS, 4)
+    gradient = (student, teacher, labels, mask, normalizers, coefficients, torch.rand(TOKENS))
+    return {
+        logit_moments.logit_moments: (student, teacher, mask, VALID),
+        logit_moments.logit_moments_gradient: (*gradient, VALID, 0, student.clone()),
+    }
 
 
 def _of_sparse_kl(dtype):
-    student, labels, mask = _draws(dtype)
+    student, _, labels, mask = _draws(dtype)
     ids = torch.stack([torch.randperm(VALID)[:KNOWN] for _ in range(TOKENS)])
     ids[2, ::2] = -1
     weights = torch.rand(TOKENS, KNOWN) / KNOWN
@@ -37,8 +61,11 @@ def _moved(arguments, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_devices_agree(dtype):
-    for op, arguments in _of_sparse_kl(dtype).items():
+@pytest.mark.parametrize("family", [*KINDS, "moments", "sparse"])
+def test_both_devices_agree(family, dtype):
+    families = {"moments": _of_moments, "sparse": _of_sparse_kl}
+    ops = families[family](dtype) if family in families else _of_divergences(dtype, family)
+    for op, arguments in ops.items():
         results = []
         for device in ("cpu", "cuda"):
             moved = _moved(arguments, device)
