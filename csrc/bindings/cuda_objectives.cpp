@@ -8,7 +8,7 @@
 #include <string>
 
 #include "../cuda/kernels.h"
-#include "logit_kl_check.h"
+#include "objectives_check.h"
 #include "stream.h"
 
 namespace minitron {
@@ -16,20 +16,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-Divergence divergence(const std::string& kind) {
-    if (kind == "jsd") return Divergence::kJSD;
-    if (kind == "skew_kl") return Divergence::kSkewKL;
-    if (kind == "skew_reverse_kl") return Divergence::kSkewReverseKL;
-    TORCH_CHECK(kind == "tvd", "no divergence is called ", kind);
-    return Divergence::kTVD;
-}
-
-DivergenceArguments divergence_arguments(const LogitKLArguments& logits, const std::string& kind,
-                                         double parameter, const Tensor& merged, int64_t tokens) {
-    return {logits, divergence(kind), static_cast<float>(parameter),
-            checked<float>(merged, {tokens, kNumStatistics}, "merged")};
-}
 
 Tensor sums(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
             const Tensor& merged, std::string kind, double parameter, int64_t valid_columns,
@@ -77,14 +63,10 @@ void moments_gradient(const Tensor& student, const Tensor& teacher, const Option
                       const OptionalTensor& mask, const Tensor& normalizers,
                       const Tensor& coefficients, const Tensor& by_cross_entropy,
                       int64_t valid_columns, int64_t offset, Tensor destination) {
-    const int64_t tokens = student.size(0);
     const auto args =
         arguments(student, teacher, labels, mask, valid_columns, offset, 1, false, false);
-    const LogitMomentsGradient to = {
-        gradient_to(destination, student, by_cross_entropy.unsqueeze(0), 1),
-        reinterpret_cast<const LogitMomentsCoefficients*>(
-            checked<float>(coefficients, {tokens, 4}, "coefficients")),
-        labels ? checked<float>(normalizers, {tokens, kNumStatistics}, "normalizers") : nullptr};
+    const auto to = moments_gradient_to(destination, student, labels, normalizers, coefficients,
+                                        by_cross_entropy);
     const OnDevice device(student, {&teacher, pointer(labels), pointer(mask), &normalizers,
                                     &coefficients, &by_cross_entropy, &destination});
     check_launch(cuda::logit_moments_gradient(args, to, device.stream()), "logit_moments_gradient");

@@ -194,8 +194,8 @@ def _distill(parallel, run):
     student, teacher = (build_model(path, topology, padded_vocab=rows) for path in paths)
     objective = LogitDistillation(Teacher(teacher, run.teacher), DistillConfig())
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
-    Trainer(student, objective, batches, None, run.train, run.out).run()
-    save_gradients(student, run.out / "gradients")
+    Trainer([student], objective, batches, None, run.train, run.out).run()
+    save_gradients([student], run.out / "gradients")
 
 
 @pytest.mark.parametrize("longer", ["student", "teacher"])

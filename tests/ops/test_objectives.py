@@ -21,9 +21,9 @@ VOCAB = 301
 EVERY = pytest.mark.parametrize("name", list(OBJECTIVES))
 
 
-def _inputs(seed, dtype, *, impossible=None):
+def _inputs(seed, dtype, *, impossible=None, vocabulary=VOCAB):
     generator = torch.Generator().manual_seed(seed)
-    draw = functools.partial(torch.randn, S, B, VOCAB, generator=generator)
+    draw = functools.partial(torch.randn, S, B, vocabulary, generator=generator)
     student, teacher = 2 * draw() + 300, 2 * draw() - 300
     if impossible is not None:
         student[..., 40:60] = teacher[..., 40:60] = -torch.inf
@@ -75,6 +75,14 @@ def test_loss_and_gradient(name, dtype, temperature):
     inputs = _inputs(torch.seed() % 2**31, dtype)
     expected = _expected(name, temperature, *inputs)
     check([_run(0, 1, None, name, temperature, *inputs)], *expected, dtype)
+
+
+@DTYPES
+@EVERY
+def test_a_vocabulary_of_many_tiles(name, dtype):
+    inputs = _inputs(torch.seed() % 2**31, dtype, vocabulary=9001)
+    expected = _expected(name, 1.7, *inputs)
+    check([_run(0, 1, None, name, 1.7, *inputs)], *expected, dtype)
 
 
 @DTYPES
