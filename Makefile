@@ -24,12 +24,13 @@ demo: .venv/.runtime ## Prune and distill a small Llama on this machine, about 6
 test: .venv/.dev ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-bench: .venv/.dev ## Time kernels, pruning and a pipeline, about 20 minutes and 9 GB of disk; writes docs/results
+bench: .venv/.dev ## Time kernels, pruning and distillation, about 25 minutes and 9 GB of disk; writes docs/results
 	$(BIN)/python -m tests.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
 	$(BIN)/python -m tests.bench.pipeline
+	$(BIN)/python -m tests.bench.distill --out docs/results
 
-gpu-check: ## Build, test and time the kernels on this GPU with PYTHON, under 8 minutes; writes docs/results
+gpu-check: ## Build, test and time everything on this GPU with PYTHON, in minutes; writes docs/results
 	@$(PYTHON) -m tests.gpu_check
 
 lint: .venv/.dev ## Check style and types

@@ -1,7 +1,8 @@
 """`make gpu-check`: what only a GPU can tell, in one command of a few minutes.
 
 Builds the extension for the GPU at hand, in place and with the Python that runs this (no .venv, no
-network), runs the tests that need a GPU, times the kernels and writes docs/results/kernels_gpu.md.
+network), runs the tests that need a GPU, times the kernels and a distillation step, and writes
+docs/results/kernels_gpu.md and distillation_gpu.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
         ("setup.py", "-q", "build_ext", "--inplace"),
         ("-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *TESTS),
         ("-m", "tests.bench", "--device", "cuda"),
+        ("-m", "tests.bench.distill_gpu", "--out", "docs/results"),
     ):
         start = time.monotonic()
         result = subprocess.run([sys.executable, *step], cwd=ROOT, env=environment)

@@ -12,17 +12,15 @@ import dataclasses
 import importlib
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.bench import linear_kl
-from tests.bench.runner import measure
+from tests.bench.runner import describe_machine, measure
 
 OPS = ("logit_kl", "cross_entropy", "activation_stats", "block_cosine", "linear_kl")
 WARM_HEAP = {
@@ -140,20 +138,7 @@ def _write(
     peaks: list[dict[str, Any]],
     args: argparse.Namespace,
 ) -> None:
-    machine = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": _processor(),
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    if args.device == "cuda":
-        machine["machine"] = torch.cuda.get_device_name()
-        machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-        machine["cuda"] = torch.version.cuda
+    machine = describe_machine(args.device, args.threads, args.rounds)
     name, page = {"cpu": ("kernels_cpu", _CPU_PAGE), "cuda": ("kernels_gpu", _GPU_PAGE)}[
         args.device
     ]
@@ -167,12 +152,6 @@ def _write(
     (directory / f"{name}.md").write_text(
         page.format(described=described, table=table) + _MEMORY.format(memory=memory)
     )
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 _CPU_PAGE = """# Kernels on a CPU

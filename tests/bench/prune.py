@@ -144,16 +144,16 @@ def peak_memory(function: Callable[..., None], *arguments: object) -> float:
 
 
 def _measure(queue: multiprocessing.Queue, function: Callable[..., None], *args: object) -> None:
-    before = peak = _anonymous_memory()
+    before = peak = anonymous_memory()
     thread = threading.Thread(target=function, args=args)
     thread.start()
     while thread.is_alive():
-        peak = max(peak, _anonymous_memory())
+        peak = max(peak, anonymous_memory())
         time.sleep(0.002)
     queue.put((peak - before) / GB)
 
 
-def _anonymous_memory() -> int:
+def anonymous_memory() -> int:
     """Bytes of this process that no file backs."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])

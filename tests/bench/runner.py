@@ -7,10 +7,15 @@ variant often enough that starting it, and waiting for its end, do not count.
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,3 +101,37 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
             )
         )
     return rows
+
+
+def describe_machine(device: str, threads: int, rounds: int) -> dict[str, Any]:
+    """What a page of results says of how it came about."""
+    machine = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _processor(),
+        "threads": threads,
+        "rounds": rounds,
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device == "cuda":
+        machine["machine"] = torch.cuda.get_device_name()
+        machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def write_results(name: str, page: str, content: Any, directory: Path | None) -> None:
+    """Print a page, and write it and the numbers behind it if there is a directory for them."""
+    print(page)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.md").write_text(page)
+        (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
