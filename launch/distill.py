@@ -69,6 +69,9 @@ class Recipe:
     allow_change: bool = False
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
     learning rate than the run had; ranks may always be others."""
+    until_step: int | None = None
+    """Stop after this step with the model so far in `out`, for `resume` to go on; the learning rate
+    is still that of a run to train.steps. null goes to the last step."""
 
 
 def main(recipe: Recipe) -> None:
@@ -151,7 +154,7 @@ def main(recipe: Recipe) -> None:
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     if recipe.resume:
         trainer.resume()
-    metrics = trainer.run()
+    metrics = trainer.run(recipe.until_step)
     parents = {"teacher": teacher_path, "student": student_path}
     finish_run(recipe, student, stage="distill", parents=parents, metrics=metrics, files=files)
 

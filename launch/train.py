@@ -123,6 +123,9 @@ class Recipe:
     allow_change: bool = False
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
     learning rate than the run had; ranks may always be others."""
+    until_step: int | None = None
+    """Stop after this step with the model so far in `out`, for `resume` to go on; the learning rate
+    is still that of a run to train.steps. null goes to the last step."""
 
 
 def main(recipe: Recipe) -> None:
@@ -157,7 +160,7 @@ def main(recipe: Recipe) -> None:
     )
     if recipe.resume:
         trainer.resume()
-    metrics = trainer.run()
+    metrics = trainer.run(recipe.until_step)
     parents = {} if recipe.model.path is None else {"model": recipe.model.path}
     finish_run(recipe, model, stage="train", parents=parents, metrics=metrics, files=files)
 

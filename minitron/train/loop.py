@@ -106,13 +106,15 @@ class Trainer:
 
         Args:
             until_step: stop there, validated and with a checkpoint to go on from; the learning
-                rate is still on its way to the last step. None goes to the last step.
+                rate is still on its way to the last step. A run that is beyond it stays where it
+                is. None goes to the last step.
 
         Returns:
             The last validation's losses (empty without validation data), and `tokens`.
         """
         config = self.config
-        end = config.steps if until_step is None else until_step
+        end = config.steps if until_step is None else min(until_step, config.steps)
+        end = max(end, self.step)
         enabled = parallel.is_rank_zero()
         writer = MetricsWriter(self.out, enabled=enabled, append=self.step > 0)
         if self.step > 0:

@@ -51,6 +51,7 @@ _FREE_KEYS = (
     "train.checkpoint_interval",
     "train.keep_checkpoints",
     "generate.micro_batch_size",
+    "until_step",
     "allow_change",
 )
 # What may differ if asked for. Where samples or batches of another size begin follows from the
