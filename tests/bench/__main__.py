@@ -22,7 +22,7 @@ import torch
 from tests.bench import linear_kl
 from tests.bench.runner import describe_machine, measure
 
-OPS = ("logit_kl", "cross_entropy", "activation_stats", "block_cosine", "linear_kl")
+OPS = ("logit_kl", "objectives", "cross_entropy", "activation_stats", "block_cosine", "linear_kl")
 WARM_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
