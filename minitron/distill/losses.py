@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from minitron.model.llama import LlamaModel
 from minitron.ops.divergences import Divergence
 from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
 from minitron.ops.logit_moments import LogitDistance
-from minitron.ops.objectives import KL, Objective
+from minitron.ops.objectives import KL, KnownTokens, Objective
 from minitron.ops.top_tokens import TopKL
 
 
@@ -107,30 +108,42 @@ def shared_columns(student: LlamaModel, teacher: LlamaModel) -> int:
     return min(student.valid_columns, teacher.valid_columns)
 
 
-class LogitDistillation:
+class Source(Protocol):
+    """Where what the teacher says comes from: the model, or a store."""
+
+    def window(self, microbatches: Sequence[Batch]) -> int | None:
+        """Micro-batches of a step to `run` at a time; None for all."""
+        ...
+
+    def run(self, microbatches: Sequence[Batch]) -> None:
+        """Have ready what the teacher says of a window's micro-batches."""
+        ...
+
+
+class Distillation(abc.ABC):
     """A loss between the logits of teacher and student, with a language-model term or without.
 
     Source: arXiv:2407.14679 §4: forward KL alone, τ = 1, is the best for width-pruned students.
 
     Args:
-        teacher: frozen, on the same ranks as the student.
+        source: of the teacher's side.
         config: the loss.
     """
 
     validation_losses = ("val_loss", "val_kl", "val_top1_agreement")
 
-    def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
-        self._teacher = teacher
+    def __init__(self, source: Source, config: DistillConfig) -> None:
+        self._source = source
         self._config = config
         self.training_losses = config.training_losses
 
-    def window(self, microbatches: Sequence[Batch]) -> int:
-        """Micro-batches whose teacher states exist at a time."""
-        return self._teacher.window(microbatches)
+    def window(self, microbatches: Sequence[Batch]) -> int | None:
+        """Micro-batches of a step to `prepare` at a time; None for all."""
+        return self._source.window(microbatches)
 
     def prepare(self, microbatches: Sequence[Batch]) -> None:
-        """Run the teacher on a window's micro-batches."""
-        self._teacher.run(microbatches)
+        """Have ready what the teacher says of a window's micro-batches."""
+        self._source.run(microbatches)
 
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
@@ -159,12 +172,20 @@ class LogitDistillation:
         """The means as they are."""
         return losses
 
+    @abc.abstractmethod
     def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, **asked: bool
+    ) -> LinearLosses:
+        """`_compare` the student with what the teacher says of micro-batch `index`."""
+
+    def _compare(
         self,
         model: LlamaModel,
         hidden: Tensor,
         batch: Batch,
-        index: int,
+        teacher: TeacherHidden | KnownTokens,
+        objective: Objective,
+        valid_columns: int,
         *,
         labels: bool,
         agreement: bool = False,
@@ -173,10 +194,10 @@ class LogitDistillation:
         return linear_kl(
             hidden,
             model.head,
-            TeacherHidden(self._teacher.take(index), self._teacher.model.head),
-            objective=config.objective,
+            teacher,
+            objective=objective,
             token_weights=batch.loss_mask.t(),
-            valid_columns=shared_columns(model, self._teacher.model),
+            valid_columns=valid_columns,
             labels=batch.labels.t() if labels else None,
             lm_weight=config.lm_weight,
             temperature=config.temperature,
@@ -185,3 +206,24 @@ class LogitDistillation:
             sequence_parallel=model.config.sequence_parallel,
             tp_group=model.topology.groups.tp,
         )
+
+
+class LogitDistillation(Distillation):
+    """Distillation from a teacher at hand.
+
+    Args:
+        teacher: frozen, on the same ranks as the student.
+        config: the loss.
+    """
+
+    def __init__(self, teacher: Teacher, config: DistillConfig) -> None:
+        super().__init__(teacher, config)
+        self._teacher = teacher
+
+    def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, **asked: bool
+    ) -> LinearLosses:
+        teacher = self._teacher.model
+        states = TeacherHidden(self._teacher.take(index), teacher.head)
+        columns = shared_columns(model, teacher)
+        return self._compare(model, hidden, batch, states, self._config.objective, columns, **asked)

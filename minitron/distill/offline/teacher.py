@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +16,13 @@ from torch import Tensor
 from minitron import platform
 from minitron.data.batches import Batch
 from minitron.distill.offline.store import LogitStore
-from minitron.ops.sparse_kl import NO_ID
+from minitron.ops.objectives import KnownTokens
 
 _AHEAD = 2
 
-
-class SparseTargets(NamedTuple):
-    """A micro-batch of targets."""
-
-    ids: Tensor
-    """[s, b, k] the teacher's known successors; −1 where a token has fewer."""
-    log_probs: Tensor
-    """[s, b, k] fp32."""
-    entropy_excess: Tensor
-    """[s, b] fp32, to be added to the divergence; see `TokenTargets`."""
+Targets = tuple[KnownTokens, Tensor]
+"""Of a micro-batch: the teacher's known successors [s, b, k], and what is to be added to the
+divergence from them, [s, b]; see `TokenTargets.entropy_excess`."""
 
 
 class StoredTeacher:
@@ -46,7 +38,11 @@ class StoredTeacher:
         self._is_last_stage = is_last_stage
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="targets")
         self._microbatches: Sequence[Batch] = ()
-        self._read: dict[int, Future[SparseTargets]] = {}
+        self._read: dict[int, Future[Targets]] = {}
+
+    def window(self, microbatches: Sequence[Batch]) -> int | None:
+        """A step is one window: targets are read as they are needed."""
+        return None
 
     def run(self, microbatches: Sequence[Batch]) -> None:
         """Begin to read the targets of micro-batches, which will be taken in this order."""
@@ -55,23 +51,23 @@ class StoredTeacher:
         for index in range(_AHEAD):
             self._begin(index)
 
-    def take(self, index: int) -> SparseTargets:
+    def take(self, index: int) -> Targets:
         """The targets of a micro-batch, which are let go.
 
         Raises:
             MinitronError: a sample is missing, damaged, or of other tokens.
         """
         self._begin(index + _AHEAD)
-        targets = self._read.pop(index).result()
-        return SparseTargets(
-            *(tensor.to(platform.device(), non_blocking=True) for tensor in targets)
-        )
+        known, excess = self._read.pop(index).result()
+        device = platform.device()
+        known = KnownTokens(*(tensor.to(device, non_blocking=True) for tensor in known))
+        return known, excess.to(device, non_blocking=True)
 
     def _begin(self, index: int) -> None:
         if self._is_last_stage and index < len(self._microbatches):
             self._read[index] = self._pool.submit(self._load, self._microbatches[index])
 
-    def _load(self, batch: Batch) -> SparseTargets:
+    def _load(self, batch: Batch) -> Targets:
         """Read the rows of a batch; those that fill it up have no targets."""
         names = batch.sample_ids[batch.valid].tolist()
         rows = [
@@ -80,11 +76,12 @@ class StoredTeacher:
         ]
         width = max((row.ids.shape[1] for row in rows), default=1)
         b, s = batch.tokens.shape
-        ids = np.full((s, b, width), NO_ID)
+        ids = np.full((s, b, width), -1)
         log_probs = np.full((s, b, width), -np.inf, np.float32)
         excess = np.zeros((s, b), np.float32)
         for column, row in enumerate(rows):
             ids[:, column, : row.ids.shape[1]] = row.ids
             log_probs[:, column, : row.ids.shape[1]] = row.log_probs
             excess[:, column] = row.entropy_excess
-        return SparseTargets(*map(torch.from_numpy, (ids, log_probs, excess)))
+        known = KnownTokens(torch.from_numpy(ids), torch.from_numpy(log_probs))
+        return known, torch.from_numpy(excess)

@@ -65,7 +65,7 @@ def world(tmp_path_factory):
     return root, student, teacher
 
 
-def _distill(parallel, run, store):
+def _distill(parallel, run, store, config):
     """Distill, then write the student's gradients."""
     topology = initialize(parallel)
     ranks = {"data_parallel_rank": topology.dp_rank, "data_parallel_size": topology.dp_size}
@@ -77,20 +77,21 @@ def _distill(parallel, run, store):
     )
     student = build_model(run.model, topology)
     teacher = StoredTeacher(LogitStore(store), is_last_stage=topology.is_last_stage)
-    objective = StoredDistillation(teacher, DistillConfig(temperature=TEMPERATURE))
+    objective = StoredDistillation(teacher, config)
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     trainer = Trainer([student], objective, batches, validation, run.train, run.out)
     trainer.run()
     save_gradients([student], run.out / "gradients")
 
 
-def _run(world, out, topology, store, train=CONFIG):
+def _run(world, out, topology, store, train=CONFIG, **distill):
     """Validation before the step, the step, and the student's gradients."""
     root, _, _ = world
     run = Run(
         model=root / "student", tokens=root / "tokens", valid=root / "valid", out=out, train=train
     )
-    run_on(topology, _distill, run, root / store)
+    config = DistillConfig(temperature=TEMPERATURE, **distill)
+    run_on(topology, _distill, run, root / store, config)
     validated, trained, _ = read_metrics(out / "metrics.jsonl")
     return run, validated, trained, load_tensors(out / "gradients")
 
@@ -142,8 +143,37 @@ def test_the_whole_distribution_teaches_as_the_teacher_does(
     with torch.no_grad():
         kl = reference.distillation_loss(student, teacher, whole, TEMPERATURE).mean()
         cross_entropy = reference.language_modeling_loss(student, whole).mean()
+        first, second = (model(whole.tokens).logits.argmax(-1) for model in (student, teacher))
     assert validated["val_kl"] == pytest.approx(kl.item(), rel=1e-5)
     assert validated["val_loss"] == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert validated["val_top1_agreement"] == pytest.approx((first == second).float().mean().item())
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2+sp", "pp2"])
+def test_the_data_teaches_beside_the_store(world, tmp_path, topology):
+    _, student, teacher = world
+    options = {"lm_weight": 0.3, "temperature_power": 2.0}
+    run, _, trained, gradients = _run(world, tmp_path, topology, "full", **options)
+    batch = reference.global_batch(run, 0)
+    losses = reference.distillation_loss(student, teacher, batch, TEMPERATURE)
+    kl = reference.masked_mean(losses, batch)
+    ce = reference.masked_mean(reference.language_modeling_loss(student, batch), batch)
+    expected = TEMPERATURE**2 * kl + 0.3 * ce
+    for name, value in {"loss": expected, "kl": kl, "ce": ce}.items():
+        assert trained[name] == pytest.approx(value.item(), rel=1e-5), name
+    student.zero_grad()
+    expected.backward()
+    _check_gradients(student, gradients)
+
+
+def test_a_loss_that_needs_whole_distributions_is_refused(world):
+    root, _, _ = world
+    teacher = StoredTeacher(LogitStore(root / "draws"), is_last_stage=True)
+    message = (
+        r"distill\.loss=jsd needs the teacher's whole distributions, .* instead of teacher\.log"
+    )
+    with pytest.raises(MinitronError, match=message):
+        StoredDistillation(teacher, DistillConfig(temperature=TEMPERATURE, loss="jsd"))
 
 
 def _log_probs(model, batch):
@@ -195,9 +225,3 @@ def test_draws_are_an_estimate_of_the_divergence(world, tmp_path, topology):
         (log_q.exp() * (log_q - _log_probs(student, batch))).sum(-1), batch
     )
     assert trained["loss"] == pytest.approx(exact.item(), rel=0.2)
-
-
-def test_a_loss_that_needs_whole_distributions_is_refused():
-    message = "distill.loss=jsd needs the teacher's whole distributions, which a store does not"
-    with pytest.raises(MinitronError, match=message):
-        StoredDistillation(None, DistillConfig(loss="jsd"))
