@@ -8,16 +8,11 @@ from typing import Any
 
 from minitron import artifact, platform
 from minitron.data.batches import DataConfig
-from minitron.data.tokenizer import Tokenizer, find_tokenizer
-from minitron.distill.gates import check_start, check_weights, shared_vocab_size
-from minitron.distill.intermediate import IntermediateDistillation
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.offline.objective import StoredDistillation
-from minitron.distill.offline.store import LogitStore
-from minitron.distill.offline.teacher import StoredTeacher
-from minitron.distill.teacher import Teacher, TeacherConfig
-from minitron.errors import MinitronError
-from minitron.model.llama import build_chunks, build_llama, check_parallel, padded_vocab_size
+from minitron.distill.gates import check_weights
+from minitron.distill.losses import DistillConfig
+from minitron.distill.teacher import TeacherConfig
+from minitron.distill.teacher_side import open_teacher
+from minitron.model.llama import build_chunks, check_parallel, padded_vocab_size
 from minitron.model.sharding import open_model
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.platform import Precision
@@ -25,7 +20,6 @@ from minitron.stage import run
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
-from minitron.train.objective import Objective
 from minitron.train.run import finish_run, open_batches, open_run
 
 
@@ -88,68 +82,38 @@ def main(recipe: Recipe) -> None:
     )
     student_arch, student_weights = open_model(student_path)
     check_parallel(student_arch, recipe.parallel)
-    intermediate = recipe.distill.intermediate
     student_arch.check_seq_length(recipe.data.seq_length)
-    store = None if recipe.teacher.logits is None else LogitStore(recipe.teacher.logits)
-    vocab_size = largest_vocab = student_arch.vocab_size
-    if store is not None:
-        if intermediate.states:
-            raise MinitronError(
-                f"{teacher_path} holds no states for distill.intermediate.states="
-                f"{intermediate.states}; leave them out or give --teacher.path"
-            )
-        tokenizer = find_tokenizer(student_path)
-        store.check(
-            tokenizer=tokenizer.fingerprint if tokenizer else None,
-            vocab_size=student_arch.vocab_size,
-            seq_length=recipe.data.seq_length,
-            temperature=recipe.distill.temperature,
-        )
-    else:
-        teacher_arch, teacher_weights = open_model(teacher_path)
-        tokenizer = _shared_tokenizer(recipe)
-        vocab_size = shared_vocab_size(teacher_arch, student_arch, tokenizer)
-        largest_vocab = max(teacher_arch.vocab_size, student_arch.vocab_size)
-        teacher_topology = recipe.teacher.topology(topology, teacher_arch.num_layers)
-        check_parallel(teacher_arch, teacher_topology.config)
-        teacher_arch.check_seq_length(recipe.data.seq_length)
-        intermediate.pairs(student_arch, teacher_arch)
+    side = open_teacher(
+        recipe.teacher,
+        recipe.distill,
+        student=student_arch,
+        student_path=student_path,
+        topology=topology,
+        seq_length=recipe.data.seq_length,
+        seed=recipe.seed,
+    )
     batches, validation = open_batches(
         recipe.data,
         recipe.train,
         topology,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
+        tokenizer=side.tokenizer,
+        vocab_size=side.vocab_size,
         seed=recipe.seed,
     )
     dtype = platform.DTYPES[recipe.precision]
     options: dict[str, Any] = {
         "dtype": dtype,
-        "transformer_impl": "local" if intermediate.states else "auto",
-        "padded_vocab": padded_vocab_size(largest_vocab, topology.tp_size),
+        "transformer_impl": "local" if recipe.distill.intermediate.states else "auto",
+        "padded_vocab": padded_vocab_size(side.largest_vocab, topology.tp_size),
     }
     student = build_chunks(
         student_arch, topology, student_weights, recompute=recipe.train.recompute, **options
     )
     for chunk in student:
         check_weights(chunk, student_path)
-    objective: Objective
-    if store is not None:
-        count = recipe.train.steps * recipe.train.global_batch_size
-        on_rank_zero(lambda: store.check_holds(batches, validation, num_samples=count))
-        stored = StoredTeacher(store, is_last_stage=topology.is_last_stage)
-        objective = StoredDistillation(stored, recipe.distill)
-    else:
-        model = build_llama(teacher_arch, teacher_topology, teacher_weights, **options)
-        check_weights(model, teacher_path)
-        teacher = Teacher(model, recipe.teacher)
-        check_start(teacher, student, next(batches.microbatches(0)))
-        objective = LogitDistillation(teacher, recipe.distill)
-        if intermediate.states:
-            objective = IntermediateDistillation(
-                objective, student, model, intermediate, seed=recipe.seed
-            )
-    files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=tokenizer)
+    num_samples = recipe.train.steps * recipe.train.global_batch_size
+    objective = side.objective(student, batches, validation, num_samples=num_samples, **options)
+    files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=side.tokenizer)
     open_run(recipe)
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     if recipe.resume:
@@ -157,23 +121,6 @@ def main(recipe: Recipe) -> None:
     metrics = trainer.run(recipe.until_step)
     parents = {"teacher": teacher_path, "student": student_path}
     finish_run(recipe, student, stage="distill", parents=parents, metrics=metrics, files=files)
-
-
-def _shared_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """The tokenizer of both models, of the one that brings it, or None.
-
-    Raises:
-        MinitronError: the models speak of other tokens.
-    """
-    of_teacher = find_tokenizer(recipe.teacher.source)
-    of_student = find_tokenizer(recipe.student.path)
-    if of_teacher and of_student and of_teacher.fingerprint != of_student.fingerprint:
-        raise MinitronError(
-            f"the tokenizers differ: {of_teacher.path} ({of_teacher.fingerprint}) and "
-            f"{of_student.path} ({of_student.fingerprint}); give a student with the teacher's "
-            "tokenizer"
-        )
-    return of_student or of_teacher
 
 
 if __name__ == "__main__":

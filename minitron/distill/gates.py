@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minitron.data.batches import Batch
-from minitron.data.tokenizer import Tokenizer
+from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.distill.losses import shared_columns
 from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
@@ -27,6 +27,22 @@ from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
 # A teacher that has learnt anything is better than chance by more than this, in nats a token; one
 # of zeros or noise is not.
 _LEAST_GAIN = 0.05
+
+
+def shared_tokenizer(teacher: Path, student: Path) -> Tokenizer | None:
+    """The tokenizer of both model directories, of the one that has one, or None.
+
+    Raises:
+        MinitronError: the models speak of other tokens.
+    """
+    of_teacher, of_student = find_tokenizer(teacher), find_tokenizer(student)
+    if of_teacher and of_student and of_teacher.fingerprint != of_student.fingerprint:
+        raise MinitronError(
+            f"the tokenizers differ: {of_teacher.path} ({of_teacher.fingerprint}) and "
+            f"{of_student.path} ({of_student.fingerprint}); give a student with the teacher's "
+            "tokenizer"
+        )
+    return of_student or of_teacher
 
 
 def shared_vocab_size(

@@ -194,6 +194,7 @@ class IntermediateDistillation:
         student: this rank's chunks, of plain layers; made before their optimizer.
         teacher: this rank's part, of plain layers.
         config: what is compared.
+        lm_weight: what the cross-entropy counts in the loss of `logits`; α is of the rest.
         seed: of the map between the widths.
 
     Raises:
@@ -207,6 +208,7 @@ class IntermediateDistillation:
         teacher: LlamaModel,
         config: IntermediateConfig,
         *,
+        lm_weight: float = 0.0,
         seed: int,
     ) -> None:
         self.training_losses = logits.training_losses
@@ -214,6 +216,7 @@ class IntermediateDistillation:
         self._logits = logits
         first = self._student = student[0]  # what is asked of it is the same of all chunks
         self._config = config
+        self._lm_weight = lm_weight
         self._pairs = config.pairs(first.arch, teacher.arch)
         widths = teacher.arch.hidden_size, first.arch.hidden_size
         needs_map = widths[0] != widths[1] and not all(p.student.is_relation for p in self._pairs)
@@ -261,7 +264,10 @@ class IntermediateDistillation:
         losses = self._logits.training(model, hidden, batch, index)
         if self._student.topology.tp_rank == 0:
             mask = batch.loss_mask.t()
-            self._sums[-2] += (losses[self.training_losses[0]].detach() * mask).sum()
+            of_logits = losses[self.training_losses[0]].detach()
+            if self._lm_weight:
+                of_logits = of_logits - self._lm_weight * losses["ce"]
+            self._sums[-2] += (of_logits * mask).sum()
             self._sums[-1] += mask.sum()
         return losses
 

@@ -130,7 +130,7 @@ class Distillation(abc.ABC):
         config: the loss.
     """
 
-    validation_losses = ("val_loss", "val_kl", "val_top1_agreement")
+    validation_losses: tuple[str, ...] = ("val_loss", "val_kl", "val_top1_agreement")
 
     def __init__(self, source: Source, config: DistillConfig) -> None:
         self._source = source
