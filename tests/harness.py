@@ -8,6 +8,7 @@ milliseconds: so four processes are started once, and every test runs its functi
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import queue
@@ -109,6 +110,7 @@ def _serve(inbox: Any, outbox: Any) -> None:
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
             )
             payload = pickle.dumps(function(*args))
+            gc.collect()  # models hold the groups that are about to go, and their threads
             dist.barrier()
             dist.destroy_process_group()
             outbox.put((rank, True, payload))

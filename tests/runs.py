@@ -208,6 +208,7 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         result = trainer.run(run.until_step)
         dtype = platform.DTYPES[run.precision]
         save_model(model, run.out / "model", dtype=dtype, base_dir=run.model)
+    trainer.close()
     return result
 
 

@@ -1,8 +1,9 @@
 """The distillation loss through two whole models, against plain PyTorch on one process."""
 
-from dataclasses import replace
+from dataclasses import contextlib
 
 import pytest
+import replace
 import torch
 
 from minitron.distill.losses import DistillConfig, LogitDistillation
@@ -70,7 +71,8 @@ def _distill(parallel, run, temperature):
     objective = LogitDistillation(teacher, DistillConfig(temperature=temperature))
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     trainer = Trainer(student, objective, batches, None, run.train, run.out)
-    trainer.run()
+    with contextlib.closing(trainer):
+        trainer.run()
     save_gradients(student, run.out / "gradients")
     (run.out / "teacher").mkdir(exist_ok=True)
     save_model([teacher.model], run.out / "teacher", dtype=torch.float32)

@@ -1,5 +1,6 @@
 """What a distillation refuses before its first step, and what it says of the two models."""
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -194,7 +195,9 @@ def _distill(parallel, run):
     student, teacher = (build_model(path, topology, padded_vocab=rows) for path in paths)
     objective = LogitDistillation(Teacher(teacher, run.teacher), DistillConfig())
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
-    Trainer([student], objective, batches, None, run.train, run.out).run()
+    trainer = Trainer([student], objective, batches, None, run.train, run.out)
+    with contextlib.closing(trainer):
+        trainer.run()
     save_gradients([student], run.out / "gradients")
 
 

@@ -54,7 +54,7 @@ def _targets(store, data):
     for prefix, count in ((data.path[0], 7), (data.valid_path[0], 3)):
         windows = TokenWindows(TokenStream(prefix), SEQ_LENGTH)
         for number in range(count):
-            tokens = windows[number][:-1]
+            tokens = windows[number].tokens[:-1]
             yield windows.sample_id(number), tokens, store.read(windows.sample_id(number), tokens)
 
 

@@ -1,5 +1,6 @@
 """Distilling from a store, against plain PyTorch with the teacher at hand."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -80,7 +81,8 @@ def _distill(parallel, run, store, config):
     objective = StoredDistillation(teacher, config)
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     trainer = Trainer([student], objective, batches, validation, run.train, run.out)
-    trainer.run()
+    with contextlib.closing(trainer):
+        trainer.run()
     save_gradients([student], run.out / "gradients")
 
 

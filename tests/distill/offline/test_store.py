@@ -56,7 +56,7 @@ def write(root, data, *, max_samples=None):
     open_store(out, info, samples)
     log_probs = np.log(np.full((SEQ_LENGTH, K), 0.2, np.float32))
     for number, key in enumerate(samples.keys.tolist()):
-        tokens, sample_id = samples.read(key)
+        tokens, _, sample_id = samples.read(key)
         block = encode_top_k(ids_of(sample_id), log_probs, "fp16")
         write_shard(shard_path(out, number), [(block, tokens_checksum(tokens[:-1]))])
     close_store(out, info)
@@ -191,7 +191,7 @@ def flip_a_bit(path, at):
 def test_every_flipped_bit_is_found(tmp_path, data):
     out = write(tmp_path, data)
     samples = choose_samples(data, max_samples=None, seed=SEED)
-    tokens, sample_id = samples.read(int(samples.keys[2]))
+    tokens, _, sample_id = samples.read(int(samples.keys[2]))
     shard = shard_path(out, 2)
     size = shard.stat().st_size
     for at in range(size):
