@@ -1,9 +1,9 @@
 """The distillation loss through two whole models, against plain PyTorch on one process."""
 
-from dataclasses import contextlib
+import contextlib
+from dataclasses import replace
 
 import pytest
-import replace
 import torch
 
 from minitron.distill.losses import DistillConfig, LogitDistillation
