@@ -9,6 +9,7 @@ from pathlib import Path
 from minitron import artifact, config, platform
 from minitron.data.batches import DataConfig, prepare_data
 from minitron.data.tokenizer import find_tokenizer
+from minitron.distill.gates import check_weights
 from minitron.distill.offline.cache import (
     CacheConfig,
     check_continues,
@@ -89,6 +90,7 @@ def main(recipe: Recipe) -> None:
     )
     dtype = platform.DTYPES[recipe.precision]
     model = freeze(build_llama(arch, topology, weights, dtype=dtype))
+    check_weights(model, teacher)
 
     def begin() -> None:
         if out.exists() and recipe.overwrite and not recipe.resume:

@@ -27,7 +27,9 @@ from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, 
 from minitron.ops.top_tokens import top1_agreement
 from minitron.ops.vocab_parallel import accumulation_dtype
 
-CHUNK_TOKENS = 2048  # enough to keep GEMMs efficient and the head's weights seldom read
+# Enough to keep GEMMs efficient and the head's weights seldom read, which a CPU is with less.
+CHUNK_TOKENS = 2048
+CHUNK_TOKENS_ON_CPU = 1024
 
 
 class TeacherHidden(NamedTuple):
@@ -66,7 +68,7 @@ def linear_kl(
     temperature_power: float = 0.0,
     agreement: bool = False,
     sequence_parallel: bool = False,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
 ) -> LinearLosses:
     """A loss between two models' next-token distributions, without whole logits.
@@ -86,6 +88,7 @@ def linear_kl(
         agreement: also tell where both find the same token most probable.
         sequence_parallel: whether the hidden states hold this rank's part of the sequence.
         chunk_tokens: tokens whose logits exist at a time; twice as many under tensor parallelism.
+            None takes `CHUNK_TOKENS`, on a CPU `CHUNK_TOKENS_ON_CPU`.
         tp_group: the ranks that share the vocabulary; None for one rank.
 
     Raises:
@@ -95,6 +98,8 @@ def linear_kl(
     assert labels is not None or lm_weight == 0, "lm_weight needs labels"
     if tp_group is not None and tp_group.size() == 1:
         tp_group = None
+    if chunk_tokens is None:
+        chunk_tokens = CHUNK_TOKENS_ON_CPU if student.device.type == "cpu" else CHUNK_TOKENS
     options = _Options(
         objective,
         token_weights,

@@ -46,12 +46,12 @@ Destination = Literal["new", "student", "teacher"]
 _LOGITS = "Tensor student, Tensor teacher, Tensor? labels, Tensor? mask"
 _OPTIONS = "float temperature, bool reverse, bool unit_sum"
 
-_statistics = define(
+logit_kl_statistics = define(
     f"logit_kl_statistics({_LOGITS}, int valid_columns, int label_offset, {_OPTIONS}) -> Tensor",
     reference=reference.statistics,
     fake=lambda student, *_: _new_statistics(student),
 )
-_merge = define(
+logit_kl_merge = define(
     "logit_kl_merge(Tensor gathered, Tensor? mask, float temperature) -> (Tensor, Tensor)",
     reference=reference.merge,
     fake=lambda gathered, *_: (
@@ -59,7 +59,7 @@ _merge = define(
         gathered.new_empty(gathered.shape[1:]),
     ),
 )
-_gradient = define(
+logit_kl_gradient = define(
     f"logit_kl_gradient({_LOGITS}, Tensor merged, Tensor weights, int valid_columns,"
     f" int label_offset, {_OPTIONS}, Tensor(a!) destination) -> ()",
     reference=reference.gradient,
@@ -265,17 +265,17 @@ def start_logit_losses(
         fused = _fused(
             student, teacher, labels, mask, weights, valid_columns, *options, destination
         )
-        return lambda: (_merge(fused.unsqueeze(0), mask, temperature)[0], destination)
+        return lambda: (logit_kl_merge(fused.unsqueeze(0), mask, temperature)[0], destination)
     columns = (valid_columns, first_column(student, tp_group))
     wait = start_gathering(
-        _statistics(student, teacher, labels, mask, *columns, *options), tp_group
+        logit_kl_statistics(student, teacher, labels, mask, *columns, *options), tp_group
     )
 
     def finish() -> tuple[Tensor, Tensor]:
-        losses, merged = _merge(wait(), mask, temperature)
+        losses, merged = logit_kl_merge(wait(), mask, temperature)
         if weights is not None:
             rows = (student, teacher, labels, mask)
-            _gradient(*rows, merged, weights, *columns, *options, destination)
+            logit_kl_gradient(*rows, merged, weights, *columns, *options, destination)
         return losses, destination
 
     return finish
@@ -297,8 +297,8 @@ def _forward(
     tp_group = named_group(group)
     columns = (valid_columns, first_column(student, tp_group))
     rows = (student, teacher, labels, mask)
-    statistics = _statistics(*rows, *columns, temperature, reverse, unit_sum)
-    return _merge(gather_statistics(statistics, tp_group), mask, temperature)
+    statistics = logit_kl_statistics(*rows, *columns, temperature, reverse, unit_sum)
+    return logit_kl_merge(gather_statistics(statistics, tp_group), mask, temperature)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -315,7 +315,7 @@ def _backward(ctx: Any, weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
     destination = {"student": student, "teacher": teacher}.get(ctx.destination)
     if destination is None:
         destination = torch.empty_like(student, memory_format=torch.contiguous_format)
-    _gradient(*rows, merged, weights.contiguous(), *ctx.options, destination)
+    logit_kl_gradient(*rows, merged, weights.contiguous(), *ctx.options, destination)
     return destination, *[None] * 9
 
 

@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.logit_kl import _gradient as logit_kl_gradient
-from minitron.ops.logit_kl import _merge as logit_kl_merge
-from minitron.ops.logit_kl import _statistics as logit_kl_statistics
-from minitron.ops.logit_kl import start_logit_losses
+from minitron.ops.logit_kl import (
+    logit_kl_gradient,
+    logit_kl_merge,
+    logit_kl_statistics,
+    start_logit_losses,
+)
 from minitron.ops.vocab_parallel import first_column, label_columns, start_gathering
 
 

@@ -1,4 +1,4 @@
-"""Topology is an accident: ten steps on any number of ranks are ten steps of plain PyTorch."""
+"""Topology is an accident: twenty steps on any number of ranks are twenty of plain PyTorch."""
 
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -17,10 +17,10 @@ from tests import reference, runs
 from tests.runs import SEQ_LENGTH, VOCAB, Run, run_on, write_tokens
 from tests.tiny import save_llama
 
-TOLERANCE = 5e-6  # relative, so that any two topologies agree to 1e-5
+TOLERANCE = 1e-5  # relative
 
 CONFIG = TrainConfig(
-    steps=10,
+    steps=20,
     lr=1e-3,
     warmup_steps=3,
     adam_eps=1e-6,  # else Adam makes a whole update of a gradient that is only rounding
@@ -113,7 +113,7 @@ def differences(expected, out):
         ("tp2+sp", "kd"),
     ],
 )
-def test_ten_steps_are_those_of_plain_pytorch(expected, tmp_path, topology, case):
+def test_twenty_steps_are_those_of_plain_pytorch(expected, tmp_path, topology, case):
     run_on(topology, runs.train, replace(expected[case].run, out=tmp_path))
     found = differences(expected[case], tmp_path)
     assert max(found.values()) < TOLERANCE, found
@@ -135,4 +135,4 @@ def test_a_gradient_that_is_wrong_by_the_number_of_ranks_is_seen(expected, tmp_p
     """Adam hides the factor from losses and weights nearly whole; the norm does not."""
     run_on("tp2", _train_with_scaled_gradient, replace(expected["kd tied"].run, out=tmp_path))
     found = differences(expected["kd tied"], tmp_path)
-    assert found["grad_norm"] == pytest.approx(1, abs=0.01)  # twice as large
+    assert found["grad_norm"] == pytest.approx(1, abs=0.05)  # twice as large
