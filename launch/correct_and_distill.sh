@@ -23,7 +23,7 @@ begun=0
 tracker=$out/student/checkpoints/latest_checkpointed_iteration.txt
 [[ ! -e $tracker ]] || begun=$(<"$tracker")
 # A turn that seems complete is looked at again: its model may not have been written.
-for ((end = (begun - 1) / every * every; end < steps; )); do
+for ((end = begun > 0 ? (begun - 1) / every * every : 0; end < steps; )); do
     end=$((end + every < steps ? end + every : steps))
     turn=(--train.steps "$steps" --until_step "$end" --resume)
     $run "$launch/train.py" --config "$correction" --out "$out/teacher" "${turn[@]}"

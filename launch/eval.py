@@ -90,11 +90,11 @@ def main(recipe: Recipe) -> None:
     )
     model = freeze(build_llama(arch, topology, weights, dtype=platform.DTYPES[recipe.precision]))
     files: dict[str, Any] = {}
-    if batches is not None:
-        files[EVAL_FILE] = _loss(model, batches)
-    if recipe.tasks.names:
+    if recipe.tasks.names:  # first: a misspelt name shows at once
         size = recipe.eval.micro_batch_size
         files[TASKS_FILE] = evaluate_tasks(model, tokenizer, recipe.tasks, micro_batch_size=size)
+    if batches is not None:
+        files[EVAL_FILE] = _loss(model, batches)
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def main(recipe: Recipe) -> None:
     model = freeze(build_llama(arch, topology, weights, dtype=dtype, transformer_impl="local"))
     open_run(recipe)
     file = out / f"{RESPONSES}.jsonl"
-    first = on_rank_zero(lambda: count_answered(file))
+    first = on_rank_zero(lambda: count_answered(file, prompts))
     if first:
         log(f"{file} answers {first} of {len(prompts)} prompts; continuing")
     _answer(recipe, model, tokenizer, prompts, first, file)
@@ -151,13 +152,9 @@ def _answer(
             gathered: list[list] = [[] for _ in range(topology.dp_size)]
             dist.all_gather_object(gathered, responses, group=topology.groups.dp)
             answered = [response for part in gathered for response in part]
-            if is_rank_zero():
-                asked = prompts[start : start + len(answered)]
-                append_responses(
-                    file,
-                    ((p, r.tokens, r.finished) for p, r in zip(asked, answered, strict=True)),
-                    tokenizer,
-                )
+            asked = prompts[start : start + len(answered)]
+            records = [(p, r.tokens, r.finished) for p, r in zip(asked, answered, strict=True)]
+            on_rank_zero(functools.partial(append_responses, file, records, tokenizer))
             bar.update(len(answered))
 
 

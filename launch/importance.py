@@ -74,6 +74,11 @@ def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
     recipe.depth.check(hf.read_architecture(recipe.model.path).num_layers)
+    if recipe.tasks.names and find_tokenizer(recipe.model.path) is None:
+        raise MinitronError(
+            f"tasks.names={recipe.tasks.names} are text, but {recipe.model.path} has no tokenizer; "
+            "put it there"
+        )
     model, batches, calibration = open_calibration(
         recipe.model.path,
         data=recipe.data,

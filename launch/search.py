@@ -56,7 +56,8 @@ class Recipe:
     """Search the best smaller shape of a model: count what every shape of a grid costs, prune the
     model to those that fit the budgets and measure their loss, then distill the best of them for a
     while, the worse part dropping out at every rung. The winner is written as a model, in the
-    directory `best`, and its shape is what a full distillation should start from.
+    directory `best`, and its shape is what a full distillation should start from. A shape whose
+    training diverges ends the search.
     """
 
     model: ModelSource
@@ -111,14 +112,15 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     """Count, prune, race, and write the winner."""
-    topology = initialize(recipe.parallel, seed=recipe.seed)
     source = hf.read_architecture(recipe.model.path)
     rungs = recipe.race.all_rungs(recipe.train.steps)
     if recipe.list_only:
+        initialize(ParallelConfig(), seed=recipe.seed)  # counting needs no ranks
         results = on_rank_zero(lambda: _count(recipe, source))
         if is_rank_zero():
             print(results.table(()), flush=True)
         return
+    topology = initialize(recipe.parallel, seed=recipe.seed)
     inputs = [recipe.model.path, recipe.scores.path]
     on_rank_zero(
         lambda: artifact.check_out(

@@ -24,7 +24,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # One hardware queue keeps tensor-parallel communication and computation in the order they are
 # issued in, which is what lets them overlap (up to Hopper).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# What a rank has to save its state after a signal; torchrun's own 30 s are short for a checkpoint.
+# What a rank has to end in after a signal, so that a checkpoint under way is finished, not cut.
 # Stays below the 300 s of `#SBATCH --signal`.
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-240}"
 
@@ -38,7 +38,7 @@ die() {
 # Near the time limit Slurm sends USR1 to this shell. It goes on to srun, which hands it to every
 # torchrun and so to the ranks. A job that ends in an error after that goes back into the queue
 # under its own number, and a stage that is given --resume continues where it was. The exit status
-# cannot tell a saved run from a failed one (torchrun exits 1 either way), whether the signal came
+# cannot tell a stopped run from a failed one (torchrun exits 1 either way), whether the signal came
 # can: an error without it is final.
 run_stage() {
     local stage=$1

@@ -29,7 +29,8 @@ class PromptConfig:
 
     path: list[str]
     """A .jsonl file with a field `prompt`; or text, of whose documents the first `tokens` are
-    taken: a .txt file, a .jsonl file with a field `text`, or a directory of such files."""
+    taken: a .txt file, a .jsonl file with a field `text`, or a directory of such files. Prompts are
+    read as training data is, without BOS."""
     tokens: int | None = None
     """Tokens of a text that make a prompt; shorter texts are passed over."""
     limit: int | None = None
@@ -97,11 +98,11 @@ def _beginning(
         yield tokens
 
 
-def count_answered(path: Path) -> int:
+def count_answered(path: Path, prompts: Sequence[Sequence[int]]) -> int:
     """Complete lines of a `responses.jsonl`; what a killed run left of another is cut off.
 
     Raises:
-        MinitronError: a line is not one that `append_responses` wrote.
+        MinitronError: a line is not one that `append_responses` wrote, or answers another prompt.
     """
     if not path.exists():
         return 0
@@ -110,7 +111,12 @@ def count_answered(path: Path) -> int:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            _tokens_of(line, path, count + 1)
+            tokens, _, _ = _tokens_of(line, path, count + 1)
+            if count >= len(prompts) or tokens != prompts[count]:
+                raise MinitronError(
+                    f"{path}:{count + 1} answers another prompt than prompts.path holds there; "
+                    "restore the prompts or choose another --out"
+                )
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count

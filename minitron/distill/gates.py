@@ -129,6 +129,8 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
 
     names = ("teacher", "student", "kl")
     means = evaluate(student, [batch], losses, names, prepare=teacher.run)
+    if not means["tokens"]:  # nothing but prompts: nothing to judge by
+        return
     log(
         "before the first step, in nats a token: "
         f"teacher's loss {means['teacher']:.4f}, student's loss {means['student']:.4f}, "

@@ -129,7 +129,7 @@ def run_tasks(
             f"the data of tasks.names={config.names} cannot be had ({' '.join(str(error).split())})"
             "; correct the task's data_files, or go online once"
         ) from None
-    return {
+    numbers = {
         task: {
             key.removesuffix(",none"): value
             for key, value in values.items()
@@ -137,6 +137,7 @@ def run_tasks(
         }
         for task, values in found["results"].items()
     }
+    return {task: values for task, values in numbers.items() if values}  # some groups have none
 
 
 @functools.lru_cache

@@ -198,7 +198,7 @@ def load_depth(scores_path: Path) -> DepthScores:
         return DepthScores(
             samples=values["samples"],
             lm_loss=values["lm_loss"],
-            accuracy=values["accuracy"],
+            accuracy=values.get("accuracy"),
             layers=[Ablation(**trial) for trial in values["layers"]],
             windows=[Ablation(**trial) for trial in values["windows"]],
             greedy=[Ablation(**trial) for trial in values["greedy"]],

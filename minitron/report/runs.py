@@ -110,7 +110,7 @@ def read_run(path: Path, name: str) -> Run:
     return Run(
         path=path,
         name=name,
-        # An unfinished run has no manifest yet; only a distillation recipe names a teacher.
+        # An unfinished run has no manifest yet; of those that train, distillations name a teacher.
         stage=manifest.get("stage") or ("distill" if "teacher" in recipe else "train"),
         finished=finished,
         recipe=recipe,

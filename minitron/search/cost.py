@@ -57,7 +57,7 @@ class LatencyMeter:
     A model is as many layers as it has, and a head. One layer of every width is timed, on the
     prompt and on one more token with a full cache; depth multiplies it, and no model is ever built.
     PyTorch runs it, matrices and attention and nothing fused: an inference engine is faster, on
-    every shape. RoPE, which costs all shapes the same, is left out.
+    every shape. RoPE, a small part of every layer, is left out.
 
     Args:
         deployment: batch, context and dtype.

@@ -80,10 +80,10 @@ def test_responses_become_documents_with_masked_prompts(tmp_path, tokenizer):
     path = tmp_path / "responses.jsonl"
     first, second = tokenizer.encode("def f(x):"), tokenizer.encode("import os")
     answers = tokenizer.encode(" return x"), tokenizer.encode(", sys")
-    assert count_answered(path) == 0
+    assert count_answered(path, []) == 0
     append_responses(path, [(first, answers[0], True)], tokenizer)
     append_responses(path, [(second, answers[1], False), (first, [], True)], tokenizer)
-    assert count_answered(path) == 3
+    assert count_answered(path, [first, second, first, second]) == 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[1]["prompt"] == tokenizer.decode(second)
     assert lines[1]["response"] == tokenizer.decode(answers[1])
@@ -102,7 +102,7 @@ def test_what_a_killed_run_left_of_a_line_is_cut_off(tmp_path, tokenizer):
     append_responses(path, [([1, 2], [3], True)] * 2, tokenizer)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"prompt": "ha')
-    assert count_answered(path) == 2
+    assert count_answered(path, [[1, 2]] * 3) == 2
     assert path.read_bytes() == whole
 
 
@@ -112,4 +112,12 @@ def test_a_damaged_line_is_refused(tmp_path, tokenizer):
     path.write_bytes(path.read_bytes() + b'{"prompt": "half"}\n')
     message = r"responses.jsonl:2 is damaged \('prompt_tokens'\); delete that line and those after"
     with pytest.raises(MinitronError, match=message):
-        count_answered(path)
+        count_answered(path, [[1, 2]] * 3)
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2]], [[1, 2], [3]]])
+def test_answers_to_other_prompts_are_not_continued(tmp_path, tokenizer, prompts):
+    path = tmp_path / "responses.jsonl"
+    append_responses(path, [([1, 2], [3], True)] * 2, tokenizer)
+    with pytest.raises(MinitronError, match=r"responses.jsonl:2 answers another prompt than"):
+        count_answered(path, prompts)

@@ -262,6 +262,11 @@ MISTAKES = {
         ("--model", "other", "--scores", "scores", "--prune.num_layers", 2),
         r"scores belong to another model: scores was measured on .*/model \(\w{16}\), not on other",
     ),
+    "tasks without a tokenizer": (
+        "importance",
+        ("--model", "model", *DATA, "--depth.layers", "--tasks.names", "x"),
+        r"tasks.names=\['x'\] are text, but model has no tokenizer; put it there",
+    ),
     "no scores": (
         "prune",
         ("--model", "model", "--prune.num_layers", 2),
