@@ -109,7 +109,7 @@ class HostCopy:
                 self._arrived = torch.cuda.current_stream().record_event()
 
     def fetch(self) -> torch.Tensor:
-        """The content on the device; a new tensor each time."""
+        """The content on the device; a new tensor each time, on a CPU the one that was given."""
         self.begin()
         tensor, self._back = self._back, None
         if tensor is None:

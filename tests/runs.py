@@ -167,7 +167,14 @@ def build_objective(run: Run, student: Sequence[LlamaModel]) -> Objective:
     objective = LogitDistillation(teacher, run.distill)
     if not run.intermediate.states:
         return objective
-    return IntermediateDistillation(objective, student, teacher.model, run.intermediate, seed=SEED)
+    return IntermediateDistillation(
+        objective,
+        student,
+        teacher.model,
+        run.intermediate,
+        lm_weight=run.distill.lm_weight,
+        seed=SEED,
+    )
 
 
 def build_teacher(

@@ -113,7 +113,10 @@ void sparse_gradient(const Tensor& student, const Tensor& ids, const Tensor& wei
     const float* const from = checked<float>(merged, {args.tokens, 6}, "merged");
     const OnDevice device(student, {&ids, &weights, pointer(labels), pointer(mask), &merged,
                                     &upstream, &destination});
-    check_launch(cuda::sparse_kl_gradient(args, to, from, device.stream()), "sparse_kl_gradient");
+    Tensor scratch = at::empty({args.tokens, args.known}, weights.options());
+    check_launch(cuda::sparse_kl_gradient(args, to, from, scratch.mutable_data_ptr<float>(),
+                                          device.stream()),
+                 "sparse_kl_gradient");
 }
 
 }  // namespace

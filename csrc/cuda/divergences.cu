@@ -14,9 +14,12 @@ struct Term {
     float value, slope;
 };
 
+// Probabilities up to this add nothing to a sum in fp32; above, those of a mixture are normal.
+constexpr float kNegligible = 1e-30f;
+
 // x ln(x/mixture); nothing where x is nothing.
 __device__ float information(float x, float mixture) {
-    return x > 0.f ? x * logf(x / mixture) : 0.f;
+    return x > kNegligible ? x * logf(x / mixture) : 0.f;
 }
 
 template <Divergence kKind>
@@ -30,7 +33,7 @@ __device__ Term term(float p, float q, float parameter) {
         const float by_student = (1 - share) * information(p, mixture);
         return {share * information(q, mixture) + by_student, by_student};
     }
-    const float both = mixture > 0.f ? p * (q / mixture) : 0.f;
+    const float both = mixture > kNegligible ? p * (q / mixture) : 0.f;
     if constexpr (kKind == Divergence::kSkewKL) {
         return {information(q, mixture), (share - 1) * both};
     }

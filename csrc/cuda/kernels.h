@@ -56,9 +56,9 @@ const char* logit_moments_gradient(const LogitKLArguments&, const LogitMomentsGr
 const char* sparse_kl_statistics(const SparseKLArguments&, float* statistics, void* stream);
 
 // The gradient by the student's logits, from the merged [tokens, 6]; its weights are [2, tokens],
-// of the KL and the cross-entropy.
+// of the KL and the cross-entropy. The scratch memory holds [tokens, known] floats.
 const char* sparse_kl_gradient(const SparseKLArguments&, const LogitKLGradient&,
-                               const float* merged, void* stream);
+                               const float* merged, float* scratch, void* stream);
 
 // Σ|x|, Σx², Σx and max|x| over the rows: `out` [4, columns / group]. The scratch memory holds
 // activation_stats_scratch(x) floats.

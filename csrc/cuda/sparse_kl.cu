@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     gradient_kernel(const __grid_constant__ SparseKLArguments args,
-                    const __grid_constant__ LogitKLGradient out, const SparseKLMerged* merged) {
+                    const __grid_constant__ LogitKLGradient out, const SparseKLMerged* merged,
+                    float* scratch) {
     const int64_t row = blockIdx.x;
     T* const to = gradient_row<T>(out, row);
     const int columns = static_cast<int>(args.columns), padding = static_cast<int>(args.padding);
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         return;
     }
     const auto logits = logits_row<T>(args, row);
-    float* const known = reinterpret_cast<float*>(shared_memory());  // logits, before they go
+    float* const known = scratch + row * args.known;  // logits, before they go
     for (int i = threadIdx.x; i < args.known; i += blockDim.x) {
         const int column = known_column(args, row, i);
         if (column >= 0) known[i] = widen(logits.data[column]);
@@ -154,12 +155,13 @@ const char* sparse_kl_statistics(const SparseKLArguments& args, float* statistic
 }
 
 const char* sparse_kl_gradient(const SparseKLArguments& args, const LogitKLGradient& gradient,
-                               const float* merged, void* stream) {
-    const Grid grid = {args.tokens, threads_for(args.columns), args.known * sizeof(float)};
+                               const float* merged, float* scratch, void* stream) {
+    const Grid grid = {args.tokens, threads_for(args.columns)};
     const auto* const from = reinterpret_cast<const SparseKLMerged*>(merged);
-    return message(args.student.dtype == Dtype::kFloat32
-                       ? launch(gradient_kernel<float>, grid, stream, args, gradient, from)
-                       : launch(gradient_kernel<BFloat16>, grid, stream, args, gradient, from));
+    return message(
+        args.student.dtype == Dtype::kFloat32
+            ? launch(gradient_kernel<float>, grid, stream, args, gradient, from, scratch)
+            : launch(gradient_kernel<BFloat16>, grid, stream, args, gradient, from, scratch));
 }
 
 }  // namespace minitron::cuda

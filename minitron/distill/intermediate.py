@@ -95,7 +95,8 @@ class IntermediateConfig:
         """What is compared with what.
 
         Raises:
-            MinitronError: a model has no such layer, or its heads have no counterpart.
+            MinitronError: a model has no such layer, a layer of the student is named twice, or its
+                heads have no counterpart.
         """
         if "attention_relation" in self.states:
             _check_heads(student, teacher)
@@ -107,6 +108,11 @@ class IntermediateConfig:
             )
             for ours, theirs in (self.layers if of_layers else ())
         ]
+        if len({ours for ours, _ in layers}) < len(layers):
+            raise MinitronError(
+                f"distill.intermediate.layers={[list(pair) for pair in self.layers]} compares a "
+                "layer of the student twice; leave one"
+            )
         return [
             Pair(Site(state, ours), Site(state, theirs))
             for state in self.states
@@ -253,7 +259,9 @@ class IntermediateDistillation:
             return
         with self._teacher_states.recording():
             self._logits.prepare(microbatches)
-        masks = [batch.loss_mask.t().to(platform.device()) for batch in microbatches]
+        masks = [
+            batch.loss_mask.t().to(platform.device(), non_blocking=True) for batch in microbatches
+        ]
         for i, states in enumerate(self._teacher_states.deliver(microbatches)):
             self._expected[i] = deque(zip(states, masks, strict=False))
 

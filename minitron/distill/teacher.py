@@ -45,10 +45,12 @@ class TeacherConfig:
     """Instead of the model: a store of its outputs, the `out` of launch/cache_logits.py."""
     window: int | None = None
     """Micro-batches whose teacher states exist at a time, `window · s · b · h_teacher` floats on
-    each rank of the last stage; null takes as many as fit in 1 GiB, and at least four for each
-    pipeline stage, or all of a step if they are offloaded. The result is the same for all."""
+    each rank of the last stage; null takes as many as fit in 1 GiB (states of intermediate losses
+    not counted), and at least four for each pipeline stage, or all of a step if they are offloaded.
+    The result is the same for all."""
     offload_states: bool = False
-    """Keep the states in host memory until the student's loss asks for them."""
+    """Keep the final states in host memory until the student's loss asks for them. Those of
+    intermediate losses stay on the device: with both, say how long the window is."""
     placement: Literal["resident", "offload"] = "resident"
     """Where the teacher's weights are while the student trains: on the device, or in host memory,
     from which every window fetches them. The output head stays on the last stage's device."""
@@ -59,8 +61,16 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.logits is None):
-            given = "both were given" if self.path is not None else "neither was given"
-            raise MinitronError(f"give either --teacher.path or --teacher.logits; {given}")
+            found = "both were given" if self.path is not None else "neither was given"
+            raise MinitronError(f"give either --teacher.path or --teacher.logits; {found}")
+        of_model = ("window", "offload_states", "placement", "layers_per_stage", "allow_untrained")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name in of_model if getattr(self, name) != defaults[name]]
+        if self.logits is not None and given:
+            raise MinitronError(
+                f"teacher.{given[0]} is of a teacher at hand, not of the store {self.logits}; "
+                "leave it out, or give --teacher.path"
+            )
         if self.window is not None and self.window < 1:
             raise MinitronError(f"teacher.window={self.window} must be at least 1")
 

@@ -138,7 +138,7 @@ def _run_window(
         def loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
             result = on_output(output, batch, index) if index < count else None
             if result is None:
-                return output.new_zeros(()), _NO_TOKENS.to(output.device), None
+                return output.new_zeros(()), output.new_zeros((), dtype=torch.int), None
             return (*result, None)
 
         return hidden, loss
@@ -155,9 +155,6 @@ def _run_window(
             micro_batch_size=b,
             forward_only=forward_only,
         )
-
-
-_NO_TOKENS = torch.zeros((), dtype=torch.int)
 
 
 class TokenMeans:

@@ -153,14 +153,15 @@ def _pointwise(p: Tensor, q: Tensor, kind: Kind, parameter: float) -> tuple[Tens
         return (p - q).abs() / 2, p * (p - q).sign() / 2
     share = 1 - parameter if kind == "skew_reverse_kl" else parameter
     mixture = share * q + (1 - share) * p
+    negligible = 1e8 * torch.finfo(p.dtype).tiny  # a part of it in a mixture is no denormal
 
     def information(x: Tensor) -> Tensor:
-        return torch.where(x > 0, x * (x / mixture).log(), 0)
+        return torch.where(x > negligible, x * (x / mixture).log(), 0)
 
     if kind == "jsd":
         by_student = (1 - share) * information(p)
         return share * information(q) + by_student, by_student
-    both = torch.where(mixture > 0, p * (q / mixture), 0)
+    both = torch.where(mixture > negligible, p * (q / mixture), 0)
     if kind == "skew_kl":
         return information(q), (share - 1) * both
     return information(p), information(p) + share * both

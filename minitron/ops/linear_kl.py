@@ -163,7 +163,6 @@ class _LinearKL(torch.autograd.Function):
         token_weights = options.token_weights.flatten().to(dtype)
         mask = token_weights != 0
         labels = None if options.labels is None else options.labels.flatten()
-        by_loss = token_weights.new_tensor([options.factor, options.lm_weight])
         found = token_weights.new_empty(4, token_weights.numel())
         head_grad = torch.zeros_like(student_head, dtype=dtype) if options.differentiate else None
         hidden_grad = torch.empty_like(student) if options.differentiate else None
@@ -180,7 +179,10 @@ class _LinearKL(torch.autograd.Function):
             )
             if options.agreement:
                 found[3, chunk] = yield from top1_agreement(logits)
-            weights = by_loss[:, None] * token_weights[chunk] if options.differentiate else None
+            weights = None
+            if options.differentiate:
+                by_token = token_weights[chunk]
+                weights = torch.stack([options.factor * by_token, options.lm_weight * by_token])
             losses = yield from _losses_and_gradient(options.objective, logits, weights)
             found[0, chunk] = options.factor * losses.objective
             if options.lm_weight:

@@ -159,4 +159,5 @@ def _largest(x: Tensor, k: int) -> Tensor:
     least = x.topk(k, dim=1).values[:, -1:]
     larger, equal = x > least, x == least
     keep = larger | (equal & (equal.cumsum(1) <= k - larger.sum(1, keepdim=True)))
-    return keep.nonzero()[:, 1].view(x.size(0), k)
+    wanted = torch.arange(1, k + 1, device=x.device).expand(x.size(0), -1).contiguous()
+    return torch.searchsorted(keep.cumsum(1), wanted)  # nonzero() would wait for the device

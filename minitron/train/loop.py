@@ -133,7 +133,7 @@ class Trainer:
             enabled=enabled,
         ) as bar:
             while self.step < end:
-                record = self._train_step()
+                record = self.train_step()
                 writer.write(record)
                 bar.update(
                     self.tokens_per_step,
@@ -156,7 +156,7 @@ class Trainer:
         """End training for good, so that model and optimizer can be freed."""
         unhook_optimizer(self.wrapped)
 
-    def _train_step(self) -> dict[str, Any]:
+    def train_step(self) -> dict[str, Any]:
         """One optimizer step on one global batch; what `metrics.jsonl` says of it."""
         platform.synchronize()
         start = time.perf_counter()

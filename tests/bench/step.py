@@ -99,12 +99,12 @@ class Ours:
 
     def distillation(self) -> float:
         """A whole step."""
-        return self.trainer._train_step()["grad_norm"]
+        return self.trainer.train_step()["grad_norm"]
 
     def language_modeling(self) -> Step:
         """Steps of another such student on the next token."""
         trainer = self._trainer(LanguageModeling())
-        return lambda: trainer._train_step()["grad_norm"]
+        return lambda: trainer.train_step()["grad_norm"]
 
     def teacher_forward(self) -> None:
         """The teacher's logits."""

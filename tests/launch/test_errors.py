@@ -227,6 +227,11 @@ MISTAKES = {
         "the teacher's vocabulary has 61 tokens, the student's 99, .* give a student pruned from",
     ),
     "no teacher": ("distill", DISTILL[2:], "give either .* --teacher.logits; neither was given"),
+    "a store in windows": (
+        "distill",
+        (*DISTILL[2:], "--teacher.logits", "no", "--teacher.window", 2),
+        "teacher.window is of a teacher at hand, not of the store no; leave it out, or give",
+    ),
     "two teachers": ("distill", (*DISTILL, "--teacher.logits", "no"), ".*logits; both were given"),
     "layer that no student has": (
         "distill",

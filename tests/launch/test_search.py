@@ -166,7 +166,7 @@ def test_two_ranks_find_the_same(inputs, searched, tmp_path, ranks):
 def test_a_search_that_dies_goes_on(inputs, searched, tmp_path, monkeypatch, point):
     owner, method, calls = {
         "pruned": (Trials, "pruned_loss", 2),
-        "training": (Trainer, "_train_step", 8),  # past a checkpoint, before a rung
+        "training": (Trainer, "train_step", 8),  # past a checkpoint, before a rung
         "between": (Trials, "train", 4),
         "writing": (Trials, "save", 0),
     }[point]
