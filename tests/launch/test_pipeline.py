@@ -49,6 +49,7 @@ def recipe(name):
 
 def init(hidden, ffn):
     sizes = {"hidden_size": hidden, "ffn_hidden_size": ffn, "num_layers": LAYERS, "kv_channels": 8}
+    sizes["max_position_embeddings"] = EVAL_LENGTH
     return [part for key, size in sizes.items() for part in (f"--model.init.{key}", size)]
 
 
