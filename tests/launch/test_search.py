@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from minitron import artifact, config
@@ -38,7 +39,11 @@ def load_script(stage):
 def call(stage, *arguments):
     """Run a stage in this process, on its rank."""
     script = load_script(stage)
-    script.main(config.parse(script.Recipe, list(map(str, arguments))))
+    try:
+        script.main(config.parse(script.Recipe, list(map(str, arguments))))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # of no use to other tests in this process
 
 
 @pytest.fixture(scope="module")
