@@ -39,10 +39,11 @@ def load_script(stage):
 def call(stage, *arguments):
     """Run a stage in this process, on its rank."""
     script = load_script(stage)
+    in_pool = dist.is_initialized()  # whose group it is then
     try:
         script.main(config.parse(script.Recipe, list(map(str, arguments))))
     finally:
-        if dist.is_initialized():
+        if not in_pool and dist.is_initialized():
             dist.destroy_process_group()  # of no use to other tests in this process
 
 
