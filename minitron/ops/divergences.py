@@ -34,19 +34,19 @@ from minitron.ops.library import define
 from minitron.ops.objectives import (
     Logits,
     Losses,
+    Objective,
     Saved,
     Steps,
     add_cross_entropy_gradient,
     kl_losses,
-    start_sum,
 )
-from minitron.ops.vocab_parallel import token_chunks
+from minitron.ops.vocab_parallel import start_summing, token_chunks
 
 Kind = Literal["jsd", "skew_kl", "skew_reverse_kl", "tvd"]
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Objective):
     """One of the above, in nats (TVD: in probability)."""
 
     kind: Kind
@@ -66,7 +66,9 @@ class Divergence:
             logits.valid_columns,
             logits.temperature,
         )
-        divergence, mean_slope = (yield from start_sum(sums, logits.tp_group)).unbind(0)
+        wait = start_summing(sums, logits.tp_group)
+        yield
+        divergence, mean_slope = wait().unbind(0)
         return Losses(divergence, losses[0], losses[2]), (merged, mean_slope)
 
     def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:

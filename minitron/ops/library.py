@@ -46,15 +46,17 @@ def define(
         A function with the op's signature that takes the kernel where there is one for the dtype of
         its first argument, and the reference elsewhere.
     """
-    op = _register(schema, reference, fake)
+
+    def without_kernel(first: torch.Tensor, *args: Any) -> Any:
+        _notice(first.device.type)
+        return reference(first, *args)
+
+    op = _register(schema, without_kernel, fake)
     if differentiable:
         _differentiate(op, reference)
 
     def call(first: torch.Tensor, *args: Any) -> Any:
-        if first.dtype not in _KERNEL_DTYPES:
-            return reference(first, *args)
-        _notice(first.device.type)
-        return op(first, *args)
+        return (op if first.dtype in _KERNEL_DTYPES else reference)(first, *args)
 
     return call
 
@@ -72,7 +74,8 @@ def compose(
     Args:
         schema: torch's, without the namespace.
         forward: the op.
-        fake: what it returns, in shapes alone.
+        fake: what it returns, in shapes alone; the op itself will do, at the price of a graph for
+            every number of tokens where it loops over them.
         setup_context: as in `torch.library.register_autograd`.
         backward: as there.
     """

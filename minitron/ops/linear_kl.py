@@ -16,16 +16,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Steps
+from minitron.ops.library import compose
+from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Steps, Teacher
 from minitron.ops.top_tokens import top1_agreement
-from minitron.ops.vocab_parallel import accumulation_dtype
+from minitron.ops.vocab_parallel import (
+    accumulation_dtype,
+    group_name,
+    named_group,
+    scatter_sum,
+    start_gathering,
+    start_summing,
+)
 
 # Enough to keep GEMMs efficient and the head's weights seldom read, which a CPU is with less.
 CHUNK_TOKENS = 2048
@@ -100,23 +107,31 @@ def linear_kl(
         tp_group = None
     if chunk_tokens is None:
         chunk_tokens = CHUNK_TOKENS_ON_CPU if student.device.type == "cpu" else CHUNK_TOKENS
-    options = _Options(
-        objective,
+    teacher_head = ids = None
+    if isinstance(teacher, KnownTokens):
+        ids, shown = teacher
+    else:
+        shown, teacher_head = teacher.hidden, teacher.head.detach()
+    loss, readings, _, _ = _linear_kl(
+        student,
+        student_head,
+        shown.detach(),
+        teacher_head,
+        ids,
         token_weights,
-        valid_columns,
         labels,
+        objective.name,
+        valid_columns,
         lm_weight,
         temperature,
-        temperature**temperature_power,
+        temperature_power,
         agreement,
         sequence_parallel and tp_group is not None,
         chunk_tokens,
-        tp_group,
         torch.is_grad_enabled() and (student.requires_grad or student_head.requires_grad),
+        group_name(tp_group),
     )
-    states = type(teacher)(*(x.detach() for x in teacher))
-    found = _LinearKL.apply(student, student_head, states, options)
-    loss, forward_kl, cross_entropy, agrees = found
+    forward_kl, cross_entropy, agrees = readings.unbind(0)
     return LinearLosses(
         loss,
         forward_kl,
@@ -125,121 +140,145 @@ def linear_kl(
     )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The arguments of `linear_kl` that are no hidden states."""
+class _Arguments(NamedTuple):
+    """Of the op."""
 
-    objective: Objective
+    student: Tensor
+    student_head: Tensor
+    teacher: Tensor
+    """Hidden states, or log-probabilities of known tokens."""
+    teacher_head: Tensor | None
+    ids: Tensor | None
     token_weights: Tensor
-    valid_columns: int
     labels: Tensor | None
+    objective: str
+    valid_columns: int
     lm_weight: float
     temperature: float
-    factor: float
+    temperature_power: float
     agreement: bool
     sequence_parallel: bool
     chunk_tokens: int
-    tp_group: dist.ProcessGroup | None
     differentiate: bool
+    group: str | None
 
 
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        student_head: Tensor,
-        teacher: TeacherHidden | KnownTokens,
-        options: _Options,
-    ) -> tuple[Tensor, ...]:
-        if options.sequence_parallel:
-            assert options.tp_group is not None
-            student = _whole(student, options.tp_group)
-            if isinstance(teacher, TeacherHidden):
-                teacher = teacher._replace(hidden=_whole(teacher.hidden, options.tp_group))
-        shape = student.shape[:-1]
-        student = student.flatten(0, -2)  # [tokens, h]
-        dtype = accumulation_dtype(student.dtype)
-        token_weights = options.token_weights.flatten().to(dtype)
-        mask = token_weights != 0
-        labels = None if options.labels is None else options.labels.flatten()
-        found = token_weights.new_empty(4, token_weights.numel())
-        head_grad = torch.zeros_like(student_head, dtype=dtype) if options.differentiate else None
-        hidden_grad = torch.empty_like(student) if options.differentiate else None
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    """Losses [s, b], what is for reading only [3, s, b], gradients by hidden states and head."""
+    given = _Arguments(*args)
+    group, objective = named_group(given.group), Objective.named(given.objective)
+    student, teacher, student_head = given.student, given.teacher, given.student_head
+    if given.sequence_parallel:
+        student = _whole(student, group)
+        teacher = teacher if given.teacher_head is None else _whole(teacher, group)
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)  # [tokens, h]
+    labels = None if given.labels is None else given.labels.flatten()
+    loss, readings, hidden_grad, head_grad = _results(*args)
+    losses, (forward_kl, cross_entropy, agrees) = loss.flatten(), readings.flatten(1)
+    token_weights = given.token_weights.flatten().to(loss.dtype)
+    mask = token_weights != 0
+    factor = given.temperature**given.temperature_power
 
-        def job(chunk: slice) -> Steps[None]:
-            logits = Logits(
-                student[chunk] @ student_head.t(),
-                _teacher_rows(teacher, chunk),
-                options.valid_columns,
-                options.temperature,
-                None if labels is None else labels[chunk],
-                mask=mask[chunk],
-                tp_group=options.tp_group,
-            )
-            if options.agreement:
-                found[3, chunk] = yield from top1_agreement(logits)
-            weights = None
-            if options.differentiate:
-                by_token = token_weights[chunk]
-                weights = torch.stack([options.factor * by_token, options.lm_weight * by_token])
-            losses = yield from _losses_and_gradient(options.objective, logits, weights)
-            found[0, chunk] = options.factor * losses.objective
-            if options.lm_weight:
-                found[0, chunk] += options.lm_weight * losses.cross_entropy
-            found[1, chunk], found[2, chunk] = losses.forward_kl, losses.cross_entropy
-            if head_grad is not None and hidden_grad is not None:
-                torch.mm(logits.student, student_head, out=hidden_grad[chunk])
-                _add_product(head_grad, logits.student.t(), student[chunk])
-
-        starts = range(0, student.size(0), options.chunk_tokens)
-        jobs = (job(slice(start, start + options.chunk_tokens)) for start in starts)
-        _take_turns(jobs, at_once=1 if options.tp_group is None else 2)
-
-        ctx.save_for_backward(hidden_grad, head_grad, token_weights)
-        ctx.shape, ctx.options, ctx.head_dtype = shape, options, student_head.dtype
-        loss, *readings = (x.clone() for x in found.view(4, *shape).unbind(0))
-        ctx.mark_non_differentiable(*readings)
-        return loss, *readings
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, head_grad, weights = ctx.saved_tensors
-        upstream = grad_outputs[0].flatten() * (weights != 0)
-        factor = (upstream * weights).sum() / weights.square().sum().clamp(min=1e-30)
-        deviation = (upstream - factor * weights).abs().amax()
-        torch._assert_async(
-            deviation <= 1e-3 * upstream.abs().amax(),
-            "the gradient that reaches linear_kl is not proportional to its token_weights",
+    def job(chunk: slice) -> Steps[None]:
+        logits = Logits(
+            student[chunk] @ student_head.t(),
+            _teacher_rows(given, teacher, chunk),
+            given.valid_columns,
+            given.temperature,
+            None if labels is None else labels[chunk],
+            mask=mask[chunk],
+            tp_group=group,
         )
-        hidden_grad = (hidden_grad * factor).to(hidden_grad.dtype)
-        group = ctx.options.tp_group
-        if group is not None:  # every rank has seen its columns' part alone
-            if ctx.options.sequence_parallel:
-                part = hidden_grad.new_empty(
-                    hidden_grad.size(0) // group.size(), hidden_grad.size(1)
-                )
-                dist.reduce_scatter_tensor(part, hidden_grad, group=group)
-                hidden_grad = part
-            else:
-                dist.all_reduce(hidden_grad, group=group)
-        hidden_grad = hidden_grad.view(-1, ctx.shape[1], hidden_grad.size(1))
-        return hidden_grad, (head_grad * factor).to(ctx.head_dtype), None, None
+        if given.agreement:
+            agrees[chunk] = yield from top1_agreement(logits)
+        weights = None
+        if given.differentiate:
+            by_token = token_weights[chunk]
+            weights = torch.stack([factor * by_token, given.lm_weight * by_token])
+        found = yield from _losses_and_gradient(objective, logits, weights)
+        losses[chunk] = factor * found.objective
+        if given.lm_weight:
+            losses[chunk] += given.lm_weight * found.cross_entropy
+        forward_kl[chunk], cross_entropy[chunk] = found.forward_kl, found.cross_entropy
+        if given.differentiate:
+            torch.mm(logits.student, student_head, out=hidden_grad[chunk])
+            _add_product(head_grad, logits.student.t(), student[chunk])
+
+    starts = range(0, student.size(0), given.chunk_tokens)
+    jobs = (job(slice(start, start + given.chunk_tokens)) for start in starts)
+    _take_turns(jobs, at_once=1 if group is None else 2)
+    return loss, readings, hidden_grad, head_grad
 
 
-def _teacher_rows(teacher: TeacherHidden | KnownTokens, chunk: slice) -> Tensor | KnownTokens:
+def _results(*args: Any) -> tuple[Tensor, ...]:
+    """What the op returns, before it is computed."""
+    given = _Arguments(*args)
+    shape, dtype = given.token_weights.shape, accumulation_dtype(given.student.dtype)
+    tokens = shape.numel() if given.differentiate else 0
+    rows = given.student_head.size(0) if given.differentiate else 0
+    return (
+        given.student.new_empty(shape, dtype=dtype),
+        given.student.new_zeros(3, *shape, dtype=dtype),
+        given.student.new_empty(tokens, given.student.size(-1)),
+        given.student.new_zeros(rows, given.student.size(-1), dtype=dtype),
+    )
+
+
+def _teacher_rows(given: _Arguments, teacher: Tensor, chunk: slice) -> Teacher:
     """The teacher's side of a chunk's `Logits`."""
-    if isinstance(teacher, KnownTokens):
-        return KnownTokens(*(x.flatten(0, -2)[chunk] for x in teacher))
-    return teacher.hidden.flatten(0, -2)[chunk] @ teacher.head.t()
+    if given.teacher_head is not None:
+        return teacher[chunk] @ given.teacher_head.t()
+    assert given.ids is not None
+    return KnownTokens(given.ids.flatten(0, -2)[chunk], teacher[chunk])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    given = _Arguments(*inputs)
+    ctx.shape, ctx.head_dtype = given.student.shape, given.student_head.dtype
+    ctx.group, ctx.sequence_parallel = given.group, given.sequence_parallel
+    ctx.save_for_backward(*output[2:], given.token_weights)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    hidden_grad, head_grad, weights = ctx.saved_tensors
+    upstream, weights = upstream.flatten(), weights.flatten().to(upstream.dtype)
+    upstream = upstream * (weights != 0)
+    factor = (upstream * weights).sum() / weights.square().sum().clamp(min=1e-30)
+    deviation = (upstream - factor * weights).abs().amax()
+    torch._assert_async(
+        deviation <= 1e-3 * upstream.abs().amax(),
+        "the gradient that reaches linear_kl is not proportional to its token_weights",
+    )
+    hidden_grad = (hidden_grad * factor).to(hidden_grad.dtype)
+    group = named_group(ctx.group)  # every rank of it has seen its columns' part alone
+    if ctx.sequence_parallel:
+        hidden_grad = scatter_sum(hidden_grad, group)
+    else:
+        hidden_grad = start_summing(hidden_grad, group)()
+    head_grad = (head_grad * factor).to(ctx.head_dtype)
+    return hidden_grad.view(ctx.shape), head_grad, *[None] * (len(_Arguments._fields) - 2)
+
+
+_linear_kl = compose(
+    "linear_kl(Tensor student, Tensor student_head, Tensor teacher, Tensor? teacher_head,"
+    " Tensor? ids, Tensor token_weights, Tensor? labels, str objective, int valid_columns,"
+    " float lm_weight, float temperature, float temperature_power, bool agreement,"
+    " bool sequence_parallel, int chunk_tokens, bool differentiate, str? group)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=_forward,
+    fake=_results,
+    setup_context=_save,
+    backward=_backward,
+)
 
 
 def _losses_and_gradient(
     objective: Objective, logits: Logits, weights: Tensor | None
 ) -> Steps[Losses]:
     """The losses; with weights [2, tokens], the gradient replaces the student's logits."""
-    if isinstance(objective, KL) and weights is not None:
-        return (yield from objective.fused(logits, weights))
+    if isinstance(objective, KL) and weights is not None and logits.tp_group is None:
+        return objective.fused(logits, weights)
     losses, saved = yield from objective.losses(logits)
     if weights is not None:
         objective.gradient(logits, saved, weights, logits.student)
@@ -265,11 +304,9 @@ def _take_turns(jobs: Iterator[Steps[None]], *, at_once: int) -> None:
         advance(begun.popleft())
 
 
-def _whole(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _whole(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All ranks' parts of a sequence, [s/t, b, h] → [s, b, h]."""
-    whole = part.new_empty(part.size(0) * group.size(), *part.shape[1:])
-    dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-    return whole
+    return start_gathering(part, group)().flatten(0, 1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -23,7 +23,6 @@ offset loses the KL in rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ from minitron.ops.vocab_parallel import (
     gather_statistics,
     group_name,
     named_group,
-    start_gathering,
 )
 
 Destination = Literal["new", "student", "teacher"]
@@ -65,7 +63,7 @@ logit_kl_gradient = define(
     reference=reference.gradient,
     fake=lambda *_: None,
 )
-_fused = define(
+logit_kl_fused = define(
     f"logit_kl_fused({_LOGITS}, Tensor weights, int valid_columns, {_OPTIONS},"
     " Tensor(a!) destination) -> Tensor",
     reference=reference.fused,
@@ -215,70 +213,16 @@ def logit_losses_and_gradient(
     Returns:
         Losses [4, tokens] (of those not asked for, undefined) and the gradient [tokens, v/t].
     """
-    return start_logit_losses(
-        student,
-        teacher,
-        weights,
-        valid_columns=valid_columns,
-        labels=labels,
-        mask=mask,
-        reverse=reverse,
-        temperature=temperature,
-        destination=torch.empty_like(student) if destination is None else destination,
-        tp_group=tp_group,
-    )()
-
-
-def start_logit_losses(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor | None,
-    *,
-    valid_columns: int,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    reverse: bool = False,
-    temperature: float = 1.0,
-    destination: Tensor | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Begin `logit_losses_and_gradient`: all up to the collective, which goes on in the background.
-
-    Args:
-        student: as there, like all that is not named here.
-        teacher: as there.
-        weights: as there; None for the losses alone.
-        valid_columns: as there.
-        labels: as there.
-        mask: as there.
-        reverse: as there.
-        temperature: as there.
-        destination: as there, but None for the student's logits.
-        tp_group: as there.
-
-    Returns:
-        What ends it: to be called once, returns the losses and `destination`.
-    """
-    destination = student if destination is None else destination
-    options = (temperature, reverse, labels is not None)
-    if weights is not None and (tp_group is None or tp_group.size() == 1):
-        fused = _fused(
-            student, teacher, labels, mask, weights, valid_columns, *options, destination
-        )
-        return lambda: (logit_kl_merge(fused.unsqueeze(0), mask, temperature)[0], destination)
+    destination = torch.empty_like(student) if destination is None else destination
+    rows, options = (student, teacher, labels, mask), (temperature, reverse, labels is not None)
+    if tp_group is None or tp_group.size() == 1:
+        fused = logit_kl_fused(*rows, weights, valid_columns, *options, destination)
+        return logit_kl_merge(fused.unsqueeze(0), mask, temperature)[0], destination
     columns = (valid_columns, first_column(student, tp_group))
-    wait = start_gathering(
-        logit_kl_statistics(student, teacher, labels, mask, *columns, *options), tp_group
-    )
-
-    def finish() -> tuple[Tensor, Tensor]:
-        losses, merged = logit_kl_merge(wait(), mask, temperature)
-        if weights is not None:
-            rows = (student, teacher, labels, mask)
-            logit_kl_gradient(*rows, merged, weights, *columns, *options, destination)
-        return losses, destination
-
-    return finish
+    statistics = logit_kl_statistics(*rows, *columns, *options)
+    losses, merged = logit_kl_merge(gather_statistics(statistics, tp_group), mask, temperature)
+    logit_kl_gradient(*rows, merged, weights, *columns, *options, destination)
+    return losses, destination
 
 
 def _forward(

@@ -27,6 +27,7 @@ from minitron.ops.library import define
 from minitron.ops.objectives import (
     Logits,
     Losses,
+    Objective,
     Saved,
     Steps,
     add_cross_entropy_gradient,
@@ -42,7 +43,7 @@ _NUM_MOMENTS = 6
 
 
 @dataclass(frozen=True)
-class LogitDistance:
+class LogitDistance(Objective):
     """One of the two."""
 
     kind: Literal["mse", "cosine"]

@@ -12,19 +12,22 @@ a gradient wrong by the group's size.
 
 from __future__ import annotations
 
+import abc
+import ast
+import functools
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minitron.ops.logit_kl import (
+    logit_kl_fused,
     logit_kl_gradient,
     logit_kl_merge,
     logit_kl_statistics,
-    start_logit_losses,
 )
 from minitron.ops.vocab_parallel import first_column, label_columns, start_gathering
 
@@ -98,13 +101,33 @@ class Losses(NamedTuple):
 Saved = tuple[Tensor, ...]
 
 
-class Objective(Protocol):
-    """A loss between a student's and a teacher's next-token distributions."""
+class Objective(abc.ABC):
+    """A loss between a student's and a teacher's next-token distributions.
 
+    A frozen dataclass of words and numbers: an op is given it by its name, which says them all.
+    """
+
+    name: str
+    _kinds: ClassVar[dict[str, type[Objective]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Objective._kinds[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", f"{type(self).__name__}{tuple(vars(self).values())}")
+
+    @staticmethod
+    @functools.cache
+    def named(name: str) -> Objective:
+        """The objective of this name."""
+        kind, parenthesis, values = name.partition("(")
+        return Objective._kinds[kind](*ast.literal_eval(parenthesis + values))
+
+    @abc.abstractmethod
     def losses(self, logits: Logits) -> Steps[tuple[Losses, Saved]]:
         """Compute the losses, and what the gradient needs of them."""
-        ...
 
+    @abc.abstractmethod
     def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
         """Write the gradient of a weighted sum of losses by the student's logits.
 
@@ -114,11 +137,10 @@ class Objective(Protocol):
             weights: [2, tokens] of the objective and of the cross-entropy.
             destination: [tokens, v/t] takes the gradient; may be the student's logits.
         """
-        ...
 
 
 @dataclass(frozen=True)
-class KL:
+class KL(Objective):
     """Forward KL(teacher || student), or reverse KL(student || teacher), from one sweep."""
 
     reverse: bool = False
@@ -126,9 +148,7 @@ class KL:
     def losses(self, logits: Logits) -> Steps[tuple[Losses, Saved]]:
         """See `Objective`."""
         losses, merged = yield from kl_losses(logits, reverse=self.reverse)
-        forward_kl, reverse_kl, cross_entropy, _ = losses.unbind(0)
-        objective = reverse_kl if self.reverse else forward_kl
-        return Losses(objective, forward_kl, cross_entropy), (merged,)
+        return self._losses(losses), (merged,)
 
     def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
         """See `Objective`."""
@@ -147,21 +167,25 @@ class KL:
             destination,
         )
 
-    def fused(self, logits: Logits, weights: Tensor) -> Steps[Losses]:
-        """`losses`, and `gradient` over the student's logits, from one read where ranks are one."""
-        finish = start_logit_losses(
+    def fused(self, logits: Logits, weights: Tensor) -> Losses:
+        """`losses`, and `gradient` over the student's logits, in one read of a whole vocabulary."""
+        statistics = logit_kl_fused(
             logits.student,
             logits.teacher_logits,
+            logits.labels,
+            logits.mask,
             self._weights(weights),
-            valid_columns=logits.valid_columns,
-            labels=logits.labels,
-            mask=logits.mask,
-            reverse=self.reverse,
-            temperature=logits.temperature,
-            tp_group=logits.tp_group,
+            logits.valid_columns,
+            logits.temperature,
+            self.reverse,
+            logits.labels is not None,
+            logits.student,
         )
-        yield
-        forward_kl, reverse_kl, cross_entropy, _ = finish()[0].unbind(0)
+        losses, _ = logit_kl_merge(statistics.unsqueeze(0), logits.mask, logits.temperature)
+        return self._losses(losses)
+
+    def _losses(self, losses: Tensor) -> Losses:
+        forward_kl, reverse_kl, cross_entropy, _ = losses.unbind(0)
         return Losses(reverse_kl if self.reverse else forward_kl, forward_kl, cross_entropy)
 
     def _weights(self, weights: Tensor) -> Tensor:
@@ -204,15 +228,6 @@ def kl_losses(logits: Logits, *, reverse: bool = False, extra: Tensor | None = N
     return found if extra is None else (*found, gathered[..., width:])
 
 
-def start_sum(values: Tensor, group: dist.ProcessGroup | None) -> Steps[Tensor]:
-    """Add up all ranks' values, in place."""
-    if group is not None and group.size() > 1:
-        work = dist.all_reduce(values, group=group, async_op=True)
-        yield
-        work.wait()
-    return values
-
-
 def completed(steps: Steps[Result]) -> Result:
     """Take steps to their end, waiting for every collective."""
     while True:
@@ -241,83 +256,3 @@ def add_cross_entropy_gradient(
     grad += (student - maximum).exp_().mul_(weights[:, None] / unit_sum)
     columns, here = label_columns(labels, offset, grad.size(1))
     grad.scatter_add_(1, columns[:, None], -torch.where(here, weights, 0)[:, None])
-
-
-def logit_loss(
-    student: Tensor,
-    teacher: Teacher,
-    objective: Objective,
-    *,
-    valid_columns: int,
-    temperature: float = 1.0,
-    temperature_power: float = 0.0,
-    loss_mask: Tensor | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """An objective per token, from whole logits; its gradient is recomputed in the backward pass.
-
-    Args:
-        student: [s, b, v/t] raw logits.
-        teacher: [s, b, v/t] raw logits, or known tokens [s, b, k]; no gradient.
-        objective: what to compute.
-        valid_columns: leading columns that stand for a token; the rest are padding, excluded from
-            every sum and given a gradient of exactly zero.
-        temperature: τ, divides both logits.
-        temperature_power: the loss is multiplied by this power of τ.
-        loss_mask: [s, b]; where it is zero, logits are not read, loss and gradient are zero.
-        tp_group: the ranks that share the vocabulary; None for one rank.
-
-    Returns:
-        [s, b], the same on every rank, in fp32 (fp64 for fp64 logits).
-
-    Raises:
-        ValueError: the teacher's shape does not go with the student's, or the objective does not
-            go with the kind of teacher.
-    """
-    if isinstance(teacher, KnownTokens):
-        fits = all(x.shape[:-1] == student.shape[:-1] for x in teacher)
-        fits &= teacher.ids.shape == teacher.log_probabilities.shape
-        sizes = " and ".join(str(list(x.shape)) for x in teacher)
-    else:
-        fits, sizes = teacher.shape == student.shape, str(list(teacher.shape))
-    if not fits:
-        raise ValueError(
-            f"student logits {list(student.shape)} and a teacher of {sizes} do not go together"
-        )
-    rows = Logits(
-        student.detach().flatten(0, -2),
-        flat(teacher),
-        valid_columns,
-        temperature,
-        forward_kl=False,
-        mask=None if loss_mask is None else loss_mask.flatten() != 0,
-        tp_group=tp_group,
-    )
-    loss = _LogitLoss.apply(student, objective, rows)
-    factor = temperature**temperature_power
-    return loss * factor if factor != 1 else loss
-
-
-def flat(teacher: Teacher) -> Teacher:
-    """With [s, b] as one dimension of tokens; cut from the graph."""
-    if isinstance(teacher, KnownTokens):
-        return KnownTokens(*(x.detach().flatten(0, -2) for x in teacher))
-    return teacher.detach().flatten(0, -2)
-
-
-class _LogitLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, objective: Objective, rows: Logits) -> Tensor:
-        losses, saved = completed(objective.losses(rows))
-        ctx.save_for_backward(*saved)
-        ctx.objective, ctx.rows = objective, rows
-        return losses.objective.view(student.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows = ctx.rows
-        upstream = grad_outputs[0].flatten()
-        weights = torch.stack([upstream, torch.zeros_like(upstream)])
-        grad = torch.empty_like(rows.student, memory_format=torch.contiguous_format)
-        ctx.objective.gradient(rows, ctx.saved_tensors, weights, grad)
-        return grad.view(*grad_outputs[0].shape, -1), None, None

@@ -17,7 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.vocab_parallel import NO_COLUMNS, gather_statistics, token_chunks
+from minitron.ops.vocab_parallel import (
+    NO_COLUMNS,
+    gather_statistics,
+    start_summing,
+    token_chunks,
+)
 
 
 def sample_tokens(
@@ -46,7 +51,7 @@ def sample_tokens(
     Source: arXiv:2503.16870; Madow, "On the theory of systematic sampling", 1949.
     """
     rank = tp_group.rank() if tp_group is not None else 0
-    rows = logits.flatten(0, -2)
+    rows = logits.detach().flatten(0, -2)
     statistics = _statistics(rows, valid_columns, temperature)
     maxima, sums, crosses = gather_statistics(statistics, tp_group).unbind(2)  # [t, tokens]
     shift = maxima - maxima.amax(0)
@@ -68,9 +73,7 @@ def sample_tokens(
         cumulative = y.sub_(maxima[rank, chunk, None]).exp_().cumsum(1)
         inside = within[chunk].clamp(min=0).minimum(_below(cumulative[:, -1:]))
         ids[chunk] = torch.searchsorted(cumulative, inside, right=True) + rank * rows.size(1)
-    ids.mul_(mine)
-    if tp_group is not None and tp_group.size() > 1:
-        dist.all_reduce(ids, group=tp_group)
+    ids = start_summing(ids.mul_(mine), tp_group)()
     return ids.view(*logits.shape[:-1], draws), entropy.view(logits.shape[:-1])
 
 

@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron.ops.library import define
-from minitron.ops.objectives import KnownTokens, Logits, Losses, Saved, Steps, logit_loss
+from minitron.ops.logit_loss import logit_loss
+from minitron.ops.objectives import KnownTokens, Logits, Losses, Objective, Saved, Steps
 from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
     accumulation_dtype,
@@ -96,7 +97,7 @@ def sparse_kl(
 
 
 @dataclass(frozen=True)
-class SparseKL:
+class SparseKL(Objective):
     """The loss of `sparse_kl` as an objective."""
 
     tail: bool

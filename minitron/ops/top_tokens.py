@@ -19,7 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.objectives import KnownTokens, Logits, Losses, Saved, Steps, kl_losses
+from minitron.ops.objectives import (
+    KnownTokens,
+    Logits,
+    Losses,
+    Objective,
+    Saved,
+    Steps,
+    kl_losses,
+)
 from minitron.ops.sparse_kl import SparseKL
 from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
@@ -56,13 +64,13 @@ def top_tokens(
         stands where a token has no more successors that are possible or needed.
     """
     options = (valid_columns, first_column(logits, tp_group), temperature)
-    gathered = gather_statistics(candidates(logits.flatten(0, -2), k, *options), tp_group)
+    gathered = gather_statistics(candidates(logits.detach().flatten(0, -2), k, *options), tp_group)
     ids, log_probabilities = choose(gathered, k, p, temperature)
     return ids.view(*logits.shape[:-1], -1), log_probabilities.view(*logits.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
-class TopKL:
+class TopKL(Objective):
     """Forward KL over the teacher's k most probable tokens and a tail bin, as an objective."""
 
     k: int

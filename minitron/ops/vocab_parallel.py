@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+# torch's collectives as ops: unlike torch.distributed's functions, a graph can hold them.
+_collectives = torch.ops._c10d_functional
+
 # Elements of a chunk: large enough to keep the kernels busy, small enough that the handful of
 # fp32 temporaries stay far below the logits themselves.
 _CHUNK_ELEMENTS = 1 << 22
@@ -68,16 +71,27 @@ def start_gathering(statistics: Tensor, group: dist.ProcessGroup | None) -> Call
     """Begin `gather_statistics` in the background; what is returned waits for its result."""
     if group is None or group.size() == 1:
         return lambda: statistics.unsqueeze(0)
-    gathered = statistics.new_empty(group.size(), *statistics.shape)
-    work = dist.all_gather_into_tensor(
-        gathered.flatten(0, 1), statistics, group=group, async_op=True
+    shape = (group.size(), *statistics.shape)
+    gathered = _collectives.all_gather_into_tensor(
+        statistics.contiguous(), group.size(), group.group_name
     )
+    return lambda: _collectives.wait_tensor(gathered).view(shape)
 
-    def wait() -> Tensor:
-        work.wait()
-        return gathered
 
-    return wait
+def start_summing(values: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Begin to add up all ranks' values in the background; what is returned waits for the sum."""
+    if group is None or group.size() == 1:
+        return lambda: values
+    total = _collectives.all_reduce(values, "sum", group.group_name)
+    return lambda: _collectives.wait_tensor(total)
+
+
+def scatter_sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """This rank's part, of the first dimension, of the sum of all ranks' values."""
+    if group is None or group.size() == 1:
+        return values
+    part = _collectives.reduce_scatter_tensor(values, "sum", group.size(), group.group_name)
+    return _collectives.wait_tensor(part)
 
 
 def vocab_parallel_argmax(
@@ -93,7 +107,7 @@ def vocab_parallel_argmax(
     Returns:
         [...] int64, counted over all ranks.
     """
-    rows = logits.flatten(0, -2)
+    rows = logits.detach().flatten(0, -2)
     values = rows.new_full((len(rows),), NO_COLUMNS, dtype=torch.float64)
     columns = torch.zeros_like(values)
     if valid_columns:

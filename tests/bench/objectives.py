@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron.ops.divergences import Divergence
+from minitron.ops.logit_loss import logit_loss
 from minitron.ops.logit_moments import LogitDistance
-from minitron.ops.objectives import Objective, logit_loss
+from minitron.ops.objectives import Objective
 from tests.bench.runner import Case
 
 TOKENS, VOCABULARY = 1024, 32000

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from minitron.ops import library
-from minitron.ops.activation_stats import activation_stats
 from tests.csrc.building import setup_script
 
 
@@ -15,24 +14,34 @@ def build():
     return setup_script()
 
 
-def test_one_line_of_notice(monkeypatch, caplog):
+op_without_kernels = library.define(
+    "op_without_kernels(Tensor x) -> Tensor", reference=lambda x: 2 * x, fake=torch.empty_like
+)
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """What a package says that has said nothing yet."""
+    monkeypatch.setattr(library, "_noticed", False)
+    caplog.set_level("INFO")
+    return lambda: [record.message for record in caplog.records]
+
+
+def test_one_line_of_notice(monkeypatch, said):
     monkeypatch.setattr(library, "kernel_devices", ())
-    monkeypatch.setattr(library, "_noticed", False)
-    caplog.set_level("INFO")
-    for _ in range(3):
-        activation_stats(torch.ones(2, 1, 3))
-    assert [record.message for record in caplog.records] == [
-        "minitron._C is not built: ops run in PyTorch (`make setup` builds it)"
-    ]
+    compiled = torch.compile(op_without_kernels, fullgraph=True, backend="aot_eager")
+    for run in (compiled, op_without_kernels, compiled):
+        assert run(torch.ones(3)).sum() == 6
+    assert said() == ["minitron._C is not built: ops run in PyTorch (`make setup` builds it)"]
 
 
-def test_a_gpu_without_kernels_is_told_of(monkeypatch, caplog):
+def test_a_gpu_without_kernels_is_told_of(monkeypatch, said):
     monkeypatch.setattr(library, "kernel_devices", ("cpu",))
-    monkeypatch.setattr(library, "_noticed", False)
-    caplog.set_level("INFO")
-    activation_stats(torch.ones(2, 1, 3))
-    activation_stats(torch.ones(2, 1, 3, device="meta"))
-    assert [record.message for record in caplog.records] == [
+    op_without_kernels(torch.ones(3))  # not every op has a kernel on every device
+    assert not said()
+    library._notice("cuda")
+    library._notice("cuda")
+    assert said() == [
         "minitron._C was built without CUDA: on a GPU, ops run in PyTorch (set CUDA_HOME)"
     ]
 

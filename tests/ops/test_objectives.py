@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from minitron.ops.divergences import Divergence
+from minitron.ops.logit_loss import logit_loss
 from minitron.ops.logit_moments import LogitDistance
-from minitron.ops.objectives import KL, KnownTokens, logit_loss
+from minitron.ops.objectives import KL, KnownTokens
 from minitron.ops.sparse_kl import SparseKL
 from minitron.ops.top_tokens import TopKL
 from tests.harness import run_distributed
