@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from minitron import artifact, config, platform
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import find_tokenizer
-from minitron.distill.gates import check_weights
+from minitron.distill.gates import check_trained, check_weights
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
@@ -41,6 +42,8 @@ class ModelSource:
 
     path: Path
     """Its Hugging Face directory."""
+    allow_untrained: bool = False
+    """Search even with a model that predicts the validation data no better than chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Recipe:
     model to those that fit the budgets and measure their loss, then distill the best of them for a
     while, the worse part dropping out at every rung. The winner is written as a model, in the
     directory `best`, and its shape is what a full distillation should start from. A shape whose
-    training diverges ends the search.
+    training diverges drops out of the race.
     """
 
     model: ModelSource
@@ -157,6 +160,8 @@ def main(recipe: Recipe) -> None:
 
     if results.source_loss is None:
         results.source_loss = trials.loss([teacher.model])
+        if not recipe.model.allow_untrained:
+            check_trained(results.source_loss, source, "--model.allow_untrained")
         save()
     _measure_pruned(results, trials, save)
     best = _race(recipe, results, trials, LogitDistillation(teacher, recipe.distill), save)
@@ -225,11 +230,13 @@ def _race(
 
     def loss_at(name: str, step: int) -> float:
         candidate = results.candidate(name)
-        if step not in candidate.losses:
+        if step not in candidate.losses and candidate.diverged is None:
             log(f"{name}: to step {step}")
             candidate.losses = trials.train(name, candidate.shape.arch, objective, step)
+            if step not in candidate.losses:
+                candidate.diverged = step
             save()
-        return candidate.losses[step]
+        return candidate.losses.get(step, math.inf)
 
     name = run_race(
         [candidate.name for candidate in entrants],

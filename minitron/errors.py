@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class MinitronError(Exception):
@@ -7,3 +7,7 @@ class MinitronError(Exception):
     Its message is one line: what is wrong, the values met, and what to change. A launcher prints
     it without a traceback and exits with status 2; any other exception is a bug and shows one.
     """
+
+
+class Diverged(MinitronError):
+    """A training run whose loss is no number any more; one of another shape may fare better."""

@@ -136,12 +136,25 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
         f"teacher's loss {means['teacher']:.4f}, student's loss {means['student']:.4f}, "
         f"KL between them {means['kl']:.4f}"
     )
-    vocab_size = teacher.model.arch.vocab_size
-    chance = math.log(vocab_size)
-    if not teacher.config.allow_untrained and not means["teacher"] < chance - _LEAST_GAIN:
+    if not teacher.config.allow_untrained:
+        check_trained(means["teacher"], teacher.model.arch, "--teacher.allow_untrained")
+
+
+def check_trained(loss: float, teacher: Architecture, flag: str) -> None:
+    """Refuse a teacher no better than chance.
+
+    Args:
+        loss: the teacher's on the data, nats per token.
+        teacher: its shape.
+        flag: what to add to a command that wants such a teacher.
+
+    Raises:
+        MinitronError: it is no better.
+    """
+    chance = math.log(teacher.vocab_size)
+    if not loss < chance - _LEAST_GAIN:
         raise MinitronError(
-            f"the teacher predicts the training data no better than chance: its loss is "
-            f"{means['teacher']:.2f} nats a token, that of guessing among {vocab_size} tokens "
-            f"{chance:.2f}; check that it is the right model for this data, or add "
-            "--teacher.allow_untrained"
+            f"the teacher predicts the data no better than chance: its loss is {loss:.2f} nats a "
+            f"token, that of guessing among {teacher.vocab_size} tokens {chance:.2f}; check that "
+            f"it is the right model for this data, or add {flag}"
         )

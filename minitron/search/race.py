@@ -2,7 +2,8 @@
 
 A shape's loss right after pruning says little about its loss after distillation, and the ranking
 goes on changing for some hundred steps. So nobody is judged at once: at every rung the worse part
-drops out, and what it would have cost to train goes to the better part.
+drops out, and what it would have cost to train goes to the better part. An entrant whose loss is
+infinite has diverged and drops out too; the race goes on without it.
 
 The race knows neither models nor files. It asks for the loss of an entrant at a step; who answers
 may remember, and a race that was interrupted is simply run again.
@@ -68,17 +69,26 @@ def run_race(
         entrants: names; of equal losses the earlier one wins.
         rungs: steps at which losses are compared, the last one included.
         keep: part that stays at each rung but the last.
-        loss_at: trains an entrant to a step and tells its loss there.
+        loss_at: trains an entrant to a step and tells its loss there, infinity if it diverged.
         drop_out: called for those that do not go on.
 
     Returns:
         The entrant with the lowest loss at the last rung.
+
+    Raises:
+        MinitronError: all that still ran have diverged.
     """
     running = list(entrants)
     for rung in rungs:
         losses = {name: loss_at(name, rung) for name in running}
         ranked = sorted(running, key=losses.__getitem__)
-        staying = 1 if rung == rungs[-1] else math.ceil(keep * len(ranked))
+        sound = sum(map(math.isfinite, losses.values()))
+        if not sound:
+            raise MinitronError(
+                f"by step {rung} the training of {', '.join(ranked)} has diverged, and no shape is "
+                "left; lower train.lr and search anew"
+            )
+        staying = 1 if rung == rungs[-1] else min(math.ceil(keep * len(ranked)), sound)
         log(
             f"step {rung}: "
             + ", ".join(f"{name} {losses[name]:.4f}" for name in ranked[:staying])

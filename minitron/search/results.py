@@ -40,6 +40,8 @@ class Candidate:
     """Validation loss right after pruning, nats per token."""
     losses: dict[int, float] = field(default_factory=dict)
     """Validation loss after so many steps of distillation."""
+    diverged: int | None = None
+    """The rung that it did not reach, because its loss was no number any more."""
 
     @property
     def name(self) -> str:
@@ -48,10 +50,18 @@ class Candidate:
 
     @property
     def place(self) -> tuple[float, ...]:
-        """Sorts candidates: who got farther comes first, and of those who has the lower loss."""
+        """Sorts candidates: who got farther comes first, and of those who has the lower loss; who
+        diverged comes last.
+        """
         steps = max(self.losses, default=-1)
         pruned = float("inf") if self.pruned_loss is None else self.pruned_loss
-        return (-steps, self.losses.get(steps, 0.0), pruned)
+        return (self.diverged is not None, -steps, self.losses.get(steps, 0.0), pruned)
+
+    def loss_text(self, step: int) -> str:
+        """What the table says of it at a rung."""
+        if step == self.diverged:
+            return "diverged"
+        return _loss_text(self.losses.get(step))
 
     def to_dict(self) -> dict[str, Any]:
         """What `search.json` says of it."""
@@ -61,6 +71,7 @@ class Candidate:
             **self.shape.costs,
             "pruned_loss": self.pruned_loss,
             "losses": {str(step): loss for step, loss in sorted(self.losses.items())},
+            "diverged": self.diverged,
         }
 
 
@@ -112,14 +123,14 @@ class Results:
         headers += ["pruned"] * self._is_measured + [f"step {rung}" for rung in rungs]
         rows = []
         for rank, candidate in enumerate(self.ranked(), start=1):
-            losses = [candidate.pruned_loss] * self._is_measured
-            losses += [candidate.losses.get(rung) for rung in rungs]
+            losses = [_loss_text(candidate.pruned_loss)] * self._is_measured
             rows.append(
                 [
                     str(rank),
                     candidate.name,
                     *(_cost_text(name, candidate.shape.costs[name]) for name in costs),
-                    *("-" if loss is None else f"{loss:.4f}" for loss in losses),
+                    *losses,
+                    *map(candidate.loss_text, rungs),
                 ]
             )
         return headers, rows
@@ -172,7 +183,12 @@ def _candidate(source: Architecture, values: dict[str, Any]) -> Candidate:
         shape=Shape(arch=arch, costs=costs),
         pruned_loss=values["pruned_loss"],
         losses={int(step): loss for step, loss in values["losses"].items()},
+        diverged=values["diverged"],
     )
+
+
+def _loss_text(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _cost_text(name: str, cost: float) -> str:

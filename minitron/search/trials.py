@@ -7,6 +7,7 @@ own run directory, with a checkpoint at each rung, until it drops out.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from minitron import artifact, platform
 from minitron.data.batches import EvalBatches, TrainBatches
-from minitron.errors import MinitronError
+from minitron.errors import Diverged, MinitronError
 from minitron.eval.perplexity import evaluate
-from minitron.metrics import METRICS, read_metrics
+from minitron.metrics import METRICS, log, read_metrics
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel, build_chunks, check_parallel, freeze
 from minitron.model.sharding import save_model
@@ -109,7 +110,8 @@ class Trials:
         """Train the source pruned to a shape until a step, from where it was left.
 
         Returns:
-            The validation losses so far, by step.
+            The validation losses so far, by step; that of the last step is missing if training
+            diverged on the way.
         """
         run = self._run(name)
         on_rank_zero(lambda: artifact.create_directory(run))
@@ -117,9 +119,12 @@ class Trials:
         trainer = Trainer(
             model, objective, self._batches, self._validation, self._train, run, self._files
         )
-        trainer.resume()
-        trainer.run(until_step)
-        trainer.close()
+        with contextlib.closing(trainer):
+            trainer.resume()
+            try:
+                trainer.run(until_step)
+            except Diverged as error:
+                log(f"{name} drops out: {error}")
         del trainer, model
         platform.release_memory()
         records = on_rank_zero(lambda: read_metrics(run / METRICS))

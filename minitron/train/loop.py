@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from minitron import parallel, platform
 from minitron.data.batches import Batch, EvalBatches, TrainBatches
-from minitron.errors import MinitronError
+from minitron.errors import Diverged, MinitronError
 from minitron.eval.perplexity import evaluate
 from minitron.metrics import MetricsWriter, log, progress
 from minitron.model.llama import LlamaModel
@@ -111,6 +112,9 @@ class Trainer:
 
         Returns:
             The last validation's losses (empty without validation data), and `tokens`.
+
+        Raises:
+            Diverged: a loss or the gradient norm is not finite; on all ranks alike.
         """
         config = self.config
         end = config.steps if until_step is None else min(until_step, config.steps)
@@ -125,13 +129,14 @@ class Trainer:
         elif self.step == end:  # resumed when all was done: its record is there
             validated = self._validate(None)
         remaining = (end - self.step) * self.tokens_per_step
-        with progress(
+        bar = progress(
             total=self.position.tokens + remaining,
             initial=self.position.tokens,
             desc="train",
             unit="tokens",
             enabled=enabled,
-        ) as bar:
+        )
+        with contextlib.closing(writer), bar:
             while self.step < end:
                 record = self.train_step()
                 writer.write(record)
@@ -149,7 +154,6 @@ class Trainer:
                     and (last or self.step % config.checkpoint_interval == 0)
                 ):
                     self._save_checkpoint()
-        writer.close()
         return {**validated, "tokens": self.position.tokens}
 
     def close(self) -> None:
@@ -189,10 +193,8 @@ class Trainer:
         losses.pop("tokens")
         losses = self.objective.finish(losses)
         if not (math.isfinite(losses[minimised]) and math.isfinite(grad_norm)):
-            raise MinitronError(
-                f"at step {self.step} the loss is {losses[minimised]:g} and the gradient norm "
-                f"{grad_norm:g}; lower train.lr={self.config.lr:g} or look at the data, and start "
-                "another run"
+            raise self._diverged(
+                f"the loss is {losses[minimised]:g} and the gradient norm {grad_norm:g}"
             )
         return {
             "step": self.step,
@@ -224,10 +226,18 @@ class Trainer:
             prepare=self.objective.prepare,
         )
         losses.pop("tokens")
+        if not all(map(math.isfinite, losses.values())):
+            raise self._diverged(", ".join(f"{k} is {v:g}" for k, v in losses.items()))
         if writer is not None:
             writer.write({"step": self.step, "tokens": self.position.tokens, **losses})
         log(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items()))
         return losses
+
+    def _diverged(self, found: str) -> Diverged:
+        return Diverged(
+            f"at step {self.step} {found}; lower train.lr={self.config.lr:g} or look at the data, "
+            "and start another run"
+        )
 
     def _save_checkpoint(self) -> None:
         save_checkpoint(

@@ -175,7 +175,7 @@ def test_both_models_first_losses_are_said(run, topology):
 def test_a_teacher_that_knows_nothing_is_refused(run, topology):
     untrained = replace(run, teacher=TeacherConfig(path=run.model))
     for said in run_on(topology, _check_start, untrained, False):
-        assert said[-1].startswith("the teacher predicts the training data no better than chance: ")
+        assert said[-1].startswith("the teacher predicts the data no better than chance: ")
         assert said[-1].endswith(
             f"that of guessing among {VOCAB} tokens {math.log(VOCAB):.2f}; check that it is the "
             "right model for this data, or add --teacher.allow_untrained"

@@ -1,5 +1,7 @@
 """Successive halving with made-up losses."""
 
+import math
+
 import pytest
 
 from minitron.errors import MinitronError
@@ -58,6 +60,24 @@ def test_of_equals_the_first_goes_on():
     even = {step: dict.fromkeys("abcde", 1.0) for step in LOSSES}
     assert race(losses=even)[0] == "a"
     assert race(entrants="ca", losses=even)[0] == "c"
+
+
+def test_who_diverges_drops_out_and_the_others_go_on():
+    losses = {step: {**LOSSES[step], "a": math.inf, "c": math.inf} for step in LOSSES}
+    best, asked, dropped = race(losses={10: LOSSES[10], 20: losses[20], 40: losses[40]})
+    assert asked[5:] == [("a", 20), ("c", 20), ("d", 20), ("d", 40)]
+    assert dropped == ["b", "e", "a", "c"]
+    assert best == "d"
+
+
+def test_when_all_have_diverged():
+    losses = {**LOSSES, 20: dict.fromkeys("abcde", math.inf)}
+    with pytest.raises(MinitronError) as caught:
+        race(losses=losses)
+    assert str(caught.value) == (
+        "by step 20 the training of a, c, d has diverged, and no shape is left; lower train.lr and "
+        "search anew"
+    )
 
 
 def test_the_last_step_is_the_last_rung():

@@ -49,6 +49,7 @@ def test_what_is_written_is_read_again(tmp_path, results):
         "latency": 0.032,
         "pruned_loss": 3.0,
         "losses": {"0": 3.0, "10": 2.0},
+        "diverged": None,
     }
 
 
@@ -64,6 +65,19 @@ def test_a_damaged_record_is_refused(tmp_path, content):
 
 def test_who_got_farther_ranks_higher(results):
     assert [c.shape.arch.num_layers for c in results.ranked()] == [24, 32, 16]
+
+
+def test_who_diverged_ranks_last(tmp_path, results):
+    leader = results.candidates[1]
+    del leader.losses[20]
+    leader.diverged = 20
+    results.save(tmp_path)
+    assert load_results(tmp_path, LLAMA_8B) == results
+    assert [c.shape.arch.num_layers for c in results.ranked()] == [32, 16, 24]
+    results.save_table(tmp_path, [10, 20, 40])
+    lines = (tmp_path / "search.md").read_text().splitlines()
+    assert lines[2].endswith("| 3.0000 | 2.0000 | - | - |")
+    assert lines[4].endswith("| 4.0000 | 1.5000 | diverged | - |")
 
 
 def test_the_table(tmp_path, results):
