@@ -234,6 +234,8 @@ class Trainer:
         return losses
 
     def _diverged(self, found: str) -> Diverged:
+        if not self.step:
+            return Diverged(f"before the first step {found}; look at the model and the data")
         return Diverged(
             f"at step {self.step} {found}; lower train.lr={self.config.lr:g} or look at the data, "
             "and start another run"

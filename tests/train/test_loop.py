@@ -9,7 +9,7 @@ import torch
 
 from minitron.data.batches import EvalBatches, open_windows
 from minitron.distill.teacher import TeacherConfig
-from minitron.errors import MinitronError
+from minitron.errors import Diverged, MinitronError
 from minitron.metrics import read_metrics
 from minitron.train.config import TrainConfig
 from minitron.train.optimizer import learning_rate
@@ -187,22 +187,28 @@ def test_no_steps_write_the_model_as_it_was(models, tmp_path):
 def _failure(parallel, run):
     try:
         runs.train(parallel, run)
-    except MinitronError as error:
+    except Diverged as error:
         return str(error)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(models, tmp_path):
+@pytest.mark.parametrize(
+    ("valid", "message"),
+    [
+        (
+            None,
+            "at step 1 the loss is nan and the gradient norm nan; lower train.lr=0.001 or look "
+            "at the data, and start another run",
+        ),
+        ("valid", "before the first step val_loss is nan; look at the model and the data"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(models, tmp_path, valid, message):
     root, student, _ = models
     broken = copy.deepcopy(student)
     broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     broken.save_pretrained(tmp_path / "broken")
-    run = _run(root, tmp_path / "out", model=tmp_path / "broken")
-    first, second = run_on("pp2", _failure, run)
-    assert first == second
-    assert first == (
-        "at step 1 the loss is nan and the gradient norm nan; lower train.lr=0.001 or look at "
-        "the data, and start another run"
-    )
+    run = _run(root, tmp_path / "out", model=tmp_path / "broken", valid=valid and root / valid)
+    assert run_on("pp2", _failure, run) == [message] * 2
 
 
 # Batches
