@@ -30,7 +30,7 @@ bench: .venv/.dev ## Time kernels, pruning and distillation, about 25 minutes an
 	$(BIN)/python -m tests.bench.pipeline
 	$(BIN)/python -m tests.bench.distill --out docs/results
 
-gpu-check: ## Build, test and time everything on this GPU with PYTHON, in minutes; writes docs/results
+gpu-check: ## Build, test and time the kernels on this GPU with PYTHON, in minutes; writes docs/results
 	@$(PYTHON) -m tests.gpu_check
 
 lint: .venv/.dev ## Check style and types

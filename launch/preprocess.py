@@ -12,7 +12,7 @@ from minitron.data.preprocess import SourceConfig, check_free, preprocess
 from minitron.data.text import find_files, read_raw
 from minitron.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from minitron.errors import MinitronError
-from minitron.metrics import log
+from minitron.metrics import launch_rank, log
 from minitron.stage import run
 
 
@@ -61,7 +61,7 @@ class Recipe:
 
 def main(recipe: Recipe) -> None:
     """Tokenise, after training the tokenizer if that is asked for."""
-    if config.launch_rank() != 0:
+    if launch_rank() != 0:
         return  # one process writes; it starts its own workers
     prefix = as_prefix(recipe.out)
     check_free(prefix, overwrite=recipe.overwrite)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron.config import launch_rank
 from minitron.errors import MinitronError
+from minitron.metrics import launch_rank
 from minitron.report.page import write_report
 from minitron.stage import run
 

@@ -18,7 +18,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from minitron.config import launch_rank
 from minitron.errors import MinitronError
 
 METRICS = "metrics.jsonl"
@@ -26,6 +25,11 @@ LOG_INTERVAL_S = 10.0
 
 
 _logger = logging.getLogger("minitron")
+
+
+def launch_rank() -> int:
+    """The rank that torchrun gave this process, known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def log(message: str) -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from minitron import config
 from minitron.errors import MinitronError
+from minitron.metrics import launch_rank
 
 Recipe = TypeVar("Recipe")
 
@@ -78,7 +79,7 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
 
 def configure_logging() -> None:
     """Send log lines to stderr, INFO from rank 0 and warnings from the others; calm libraries."""
-    rank = config.launch_rank()
+    rank = launch_rank()
     handler = _StderrHandler()
     prefix = f"[rank {rank}] " if rank else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
@@ -127,7 +128,7 @@ def _report(message: str) -> None:
 def _is_first_failure(distributed: Any) -> bool:
     """Whether no other rank failed before; without a process group rank 0 always is the first."""
     if distributed is None:
-        return config.launch_rank() == 0
+        return launch_rank() == 0
     try:
         store = distributed.distributed_c10d._get_default_store()
         return store.add(_FAILURE_KEY, 1) == 1
@@ -137,7 +138,7 @@ def _is_first_failure(distributed: Any) -> bool:
 
 def _traceback() -> str:
     text = traceback.format_exc().rstrip()
-    return f"[rank {config.launch_rank()}] {text}" if "RANK" in os.environ else text
+    return f"[rank {launch_rank()}] {text}" if "RANK" in os.environ else text
 
 
 def _is_stdout_broken() -> bool:

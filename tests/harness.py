@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 import torch.multiprocessing as mp
 
@@ -80,6 +79,10 @@ class RankPool:
 
     def close(self) -> None:
         """End the processes, and the checkpoint writers they started, which would outlive them."""
+        if not self._processes:
+            return
+        import psutil  # gpu-check runs tests without it
+
         for process in self._processes:
             for child in [
                 *psutil.Process(process.pid).children(recursive=True),

@@ -12,7 +12,6 @@ Relative paths, also those in a YAML file, are relative to the current directory
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import yaml
 from minitron.config import sources, typed
 from minitron.config.keys import Key, keys_of, parents, plain
 from minitron.errors import MinitronError
+from minitron.metrics import launch_rank
 
 Recipe = TypeVar("Recipe")
 
@@ -64,11 +64,6 @@ def to_dict(recipe: Any) -> dict[str, Any]:
 def save(recipe: Any, path: Path) -> None:
     """Write the resolved recipe as YAML; `parse` with `--config path` gives it back."""
     path.write_text(_to_yaml(recipe), encoding="utf-8")
-
-
-def launch_rank() -> int:
-    """The rank that torchrun gave this process, known before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _assign(given: dict[str, Any], key: Key, value: Any) -> None:

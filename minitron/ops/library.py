@@ -8,12 +8,11 @@ groups by name, as torch's functional collectives are, so that torch.compile tak
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from minitron.metrics import log
 
 _library = torch.library.Library("minitron", "DEF")
 extension_built = importlib.util.find_spec("minitron._C") is not None
@@ -24,6 +23,7 @@ if extension_built:
     )
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _noticed = False
+_logger = logging.getLogger("minitron")  # that of minitron.metrics, without what that imports
 
 
 def define(
@@ -113,7 +113,8 @@ def _notice(device: str) -> None:
     if _noticed or device in kernel_devices:
         return
     _noticed = True
-    if kernel_devices:
-        log("minitron._C was built without CUDA: on a GPU, ops run in PyTorch (set CUDA_HOME)")
-    else:
-        log("minitron._C is not built: ops run in PyTorch (`make setup` builds it)")
+    _logger.info(
+        "minitron._C was built without CUDA: on a GPU, ops run in PyTorch (set CUDA_HOME)"
+        if kernel_devices
+        else "minitron._C is not built: ops run in PyTorch (`make setup` builds it)"
+    )

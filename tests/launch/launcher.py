@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 STAGES = sorted(path.stem for path in LAUNCH.glob("*.py"))
@@ -80,6 +78,8 @@ class Launch:
 
     def kill(self) -> None:
         """Kill the launch with all its ranks and their children, as a node that goes down does."""
+        import psutil  # gpu-check collects these tests without it
+
         root = psutil.Process(self._process.pid)
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):

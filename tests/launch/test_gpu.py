@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.launch.launcher import launch
 
+load_file = pytest.importorskip("safetensors.torch").load_file
 runs = pytest.importorskip("tests.runs")  # needs megatron-core
-pytest.importorskip("jsonargparse")
+for module in ("jsonargparse", "zstandard"):  # needed by the launched scripts
+    pytest.importorskip(module)
 
 SIZES = {"hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 3, "num_attention_heads": 4}
 TRAIN = (
