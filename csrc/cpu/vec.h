@@ -68,13 +68,15 @@ inline Vec exp2_fraction(const Vec& f) {
     return at::vec::fmadd(p, f, Vec(1.f));
 }
 
-// 2^z for z ≤ 127 and −inf; what is below 2^−126 may become 0; NaN stays.
+// 2^z; what is below 2^−126 may become 0; NaN stays.
 inline Vec exp2(const Vec& z) {
 #if defined(CPU_CAPABILITY_AVX512)
     const Vec f = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     return _mm512_scalef_ps(exp2_fraction(f), z);  // · 2^⌊z⌋
 #elif defined(CPU_CAPABILITY_AVX2)
-    const __m256 clamped = _mm256_max_ps(_mm256_set1_ps(-127.f), z);  // 2^−127 has exponent bits 0
+    // Where the exponent's bits are 0, and where they are those of infinity; NaN passes both.
+    const __m256 clamped =
+        _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-127.f), z));
     const __m256 whole = _mm256_floor_ps(clamped);
     const __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));

@@ -61,6 +61,13 @@ def test_rising_logits_leave_the_first_tiles_reference_behind(dtype, grad_tolera
 
 
 @DTYPES
+def test_a_lone_logit_far_above_the_first_tile(dtype, grad_tolerance, device):
+    logits, labels, upstream = _inputs(dtype, 9000, device=device)
+    logits[..., 8500] = 150.0
+    _check(logits, labels, upstream, grad_tolerance)
+
+
+@DTYPES
 def test_impossible_tokens(dtype, grad_tolerance, device):
     logits, labels, upstream = _inputs(dtype, 5000, device=device)
     logits[..., 4990:] = -math.inf

@@ -144,6 +144,31 @@ def test_rising_logits_leave_the_first_tiles_references_behind(dtype, offset, de
     torch.testing.assert_close(x.grad.double(), grad, rtol=rounding, atol=2e-4)
 
 
+@DTYPES
+@pytest.mark.parametrize("fused", [False, True], ids=["two sweeps", "fused"])
+def test_a_lone_logit_far_above_the_first_tile(dtype, fused, device):
+    student, teacher, labels, *_ = _inputs(torch.seed() % 2**31, dtype, 9000, device=device)
+    student[..., 8500] = 150.0
+    teacher[..., 8501] = 200.0
+    rows = [x.flatten(0, 1) for x in (student, teacher)]
+    weights = torch.zeros(4, S * B, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    weights[0] = 1
+    options = {"valid_columns": 9000, "temperature": 1.0}
+    if fused:
+        losses, grad = logit_losses_and_gradient(*rows, weights, **options)
+        found = losses[0]
+    else:
+        x = rows[0].clone().requires_grad_()
+        found = logit_kl(x[:, None], rows[1][:, None], **options)[:, 0]
+        found.sum().backward()
+        grad = x.grad
+    upstream, mask = torch.zeros(4, S, B, device=device), torch.ones(S, B, device=device)
+    upstream[0] = 1
+    expected, expected_grad = _expected(student, teacher, labels, upstream, mask, 1.0)
+    torch.testing.assert_close(found.double(), expected[0].flatten(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_large_offset_costs_no_digits(dtype, device):
     student, _, labels, upstream, mask = _inputs(torch.seed() % 2**31, dtype, 301, device=device)
