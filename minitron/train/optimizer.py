@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -18,6 +19,16 @@ from minitron.model.llama import LlamaModel
 from minitron.train.config import TrainConfig
 
 
+class _SingleReplica(DistributedDataParallel):
+    """A chunk without replicas: nothing to sum or to gather, which gloo would do by copying all."""
+
+    def finish_grad_sync(self, *_: Any, **__: Any) -> None:
+        """Leave the gradients as they are."""
+
+    def start_param_sync(self, *_: Any, **__: Any) -> None:
+        """Leave the parameters as they are."""
+
+
 def wrap_chunk(chunk: LlamaModel) -> DistributedDataParallel:
     """Give a chunk of a model gradient buffers that are summed over its data-parallel replicas.
 
@@ -25,7 +36,8 @@ def wrap_chunk(chunk: LlamaModel) -> DistributedDataParallel:
     then fit any number of them.
     """
     topology = chunk.topology
-    return DistributedDataParallel(
+    wrapper = DistributedDataParallel if topology.dp_size > 1 else _SingleReplica
+    return wrapper(
         config=chunk.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -68,6 +80,8 @@ def build_optimizer(
     )
     for group in optimizer.param_groups:  # megatron-core leaves this to its own scheduler
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        if "fused" in group:  # torch's AdamW, where there is neither apex nor TE
+            group["fused"] = True
     schedule.grad_scale_func = optimizer.scale_loss
     schedule.no_sync_func = [c.no_sync for c in model] if len(model) > 1 else model[0].no_sync
     schedule.finalize_model_grads_func = finalize_model_grads
