@@ -38,6 +38,9 @@ from minitron.ops.vocab_parallel import (
 CHUNK_TOKENS = 2048
 CHUNK_TOKENS_ON_CPU = 1024
 
+# Of a head's gradient, to be changed at a time: what stands between does not leave the cache.
+_HEAD_ROWS = 4096
+
 
 class TeacherHidden(NamedTuple):
     """A teacher whose logits can be had; no gradient."""
@@ -179,10 +182,15 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     mask = token_weights != 0
     factor = given.temperature**given.temperature_power
 
+    at_once = 1 if group is None else 2
+    rows = min(given.chunk_tokens, student.size(0))
+    free = [_logit_memory(given, rows) for _ in range(at_once)]
+
     def job(chunk: slice) -> Steps[None]:
+        memory = free.pop()
         logits = Logits(
-            student[chunk] @ student_head.t(),
-            _teacher_rows(given, teacher, chunk),
+            _product(student[chunk], student_head, memory[0]),
+            _teacher_rows(given, teacher, chunk, memory[1]),
             given.valid_columns,
             given.temperature,
             None if labels is None else labels[chunk],
@@ -203,10 +211,11 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         if given.differentiate:
             torch.mm(logits.student, student_head, out=hidden_grad[chunk])
             _add_product(head_grad, logits.student.t(), student[chunk])
+        free.append(memory)
 
     starts = range(0, student.size(0), given.chunk_tokens)
     jobs = (job(slice(start, start + given.chunk_tokens)) for start in starts)
-    _take_turns(jobs, at_once=1 if group is None else 2)
+    _take_turns(jobs, at_once=at_once)
     return loss, readings, hidden_grad, head_grad
 
 
@@ -224,10 +233,23 @@ def _results(*args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _teacher_rows(given: _Arguments, teacher: Tensor, chunk: slice) -> Teacher:
+def _logit_memory(given: _Arguments, rows: int) -> tuple[Tensor, Tensor]:
+    """For both models' logits of one chunk after another: new memory is slow on a CPU."""
+    student = given.student.new_empty(rows, given.student_head.size(0))
+    if given.teacher_head is None:
+        return student, student.new_empty(0)
+    return student, given.teacher.new_empty(rows, given.teacher_head.size(0))
+
+
+def _product(states: Tensor, head: Tensor, memory: Tensor) -> Tensor:
+    """Logits [tokens, v/t] in the first rows of the memory."""
+    return torch.mm(states, head.t(), out=memory[: states.size(0)])
+
+
+def _teacher_rows(given: _Arguments, teacher: Tensor, chunk: slice, memory: Tensor) -> Teacher:
     """The teacher's side of a chunk's `Logits`."""
     if given.teacher_head is not None:
-        return teacher[chunk] @ given.teacher_head.t()
+        return _product(teacher[chunk], given.teacher_head, memory)
     assert given.ids is not None
     return KnownTokens(given.ids.flatten(0, -2)[chunk], teacher[chunk])
 
@@ -256,8 +278,10 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
         hidden_grad = scatter_sum(hidden_grad, group)
     else:
         hidden_grad = start_summing(hidden_grad, group)()
-    head_grad = (head_grad * factor).to(ctx.head_dtype)
-    return hidden_grad.view(ctx.shape), head_grad, *[None] * (len(_Arguments._fields) - 2)
+    scaled = torch.empty_like(head_grad, dtype=ctx.head_dtype)
+    for target, source in zip(scaled.split(_HEAD_ROWS), head_grad.split(_HEAD_ROWS), strict=True):
+        target.copy_(source * factor)
+    return hidden_grad.view(ctx.shape), scaled, *[None] * (len(_Arguments._fields) - 2)
 
 
 _linear_kl = compose(
@@ -313,5 +337,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, where the total may be wider than the factors."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    for rows, factor in zip(total.split(_HEAD_ROWS), left.split(_HEAD_ROWS), strict=True):
+        rows += factor @ right
