@@ -12,7 +12,7 @@ from minitron.data.batches import DataConfig, EvalBatches, open_windows, prepare
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
-from minitron.eval.tasks import TaskConfig, evaluate_tasks, task_table
+from minitron.eval.tasks import TaskConfig, Tasks, task_table
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.sharding import open_model
@@ -88,11 +88,20 @@ def main(recipe: Recipe) -> None:
     batches = (
         None if recipe.data is None else _batches(recipe, recipe.data, arch, topology, tokenizer)
     )
-    model = freeze(build_llama(arch, topology, weights, dtype=platform.DTYPES[recipe.precision]))
+    tasks = Tasks(recipe.tasks) if recipe.tasks.names else None  # a misspelt name shows at once
+    model = freeze(
+        build_llama(
+            arch,
+            topology,
+            weights,
+            dtype=platform.DTYPES[recipe.precision],
+            transformer_impl="local" if tasks and tasks.generate_text else "auto",
+        )
+    )
     files: dict[str, Any] = {}
-    if recipe.tasks.names:  # first: a misspelt name shows at once
+    if tasks:
         size = recipe.eval.micro_batch_size
-        files[TASKS_FILE] = evaluate_tasks(model, tokenizer, recipe.tasks, micro_batch_size=size)
+        files[TASKS_FILE] = tasks.evaluate(model, tokenizer, micro_batch_size=size)
     if batches is not None:
         files[EVAL_FILE] = _loss(model, batches)
 
@@ -117,7 +126,7 @@ def main(recipe: Recipe) -> None:
         if batches is not None:
             line = "lm_loss {lm_loss:.4f}, perplexity {perplexity:.2f}, {tokens:,} tokens"
             print(line.format(**files[EVAL_FILE]))
-        if recipe.tasks.names:
+        if tasks:
             print(task_table(files[TASKS_FILE]))
 
 

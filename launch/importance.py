@@ -11,7 +11,7 @@ from minitron import artifact, config
 from minitron.data.batches import DataConfig
 from minitron.data.tokenizer import find_tokenizer
 from minitron.errors import MinitronError
-from minitron.eval.tasks import TaskConfig, evaluate_tasks, mean_metric
+from minitron.eval.tasks import TaskConfig, Tasks, mean_metric
 from minitron.model import hf
 from minitron.model.llama import LlamaModel
 from minitron.parallel import ParallelConfig, on_rank_zero
@@ -86,11 +86,12 @@ def main(recipe: Recipe) -> None:
         parallel=recipe.parallel,
         precision=recipe.precision,
     )
+    accuracy = _accuracy(recipe, model)  # a misspelt task shows at once
     measured = collect_importance(model, batches)
     check_scores(measured.scores(), model.arch)
     depth = None
     if not recipe.depth.is_empty:
-        depth = measure_depth(model, batches, recipe.depth, _accuracy(recipe, model))
+        depth = measure_depth(model, batches, recipe.depth, accuracy)
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
@@ -118,10 +119,11 @@ def _accuracy(recipe: Recipe, model: LlamaModel) -> Callable[[], float] | None:
     if not recipe.tasks.names:
         return None
     tokenizer = find_tokenizer(recipe.model.path)
+    tasks = Tasks(recipe.tasks)
 
     def measure() -> float:
         size = recipe.importance.micro_batch_size
-        results = evaluate_tasks(model, tokenizer, recipe.tasks, micro_batch_size=size)
+        results = tasks.evaluate(model, tokenizer, micro_batch_size=size)
         return mean_metric(results, recipe.depth.metric)
 
     return measure

@@ -69,8 +69,8 @@ class Tokenizer(abc.ABC):
         """Token ids of `text`, without BOS or EOS."""
 
     @abc.abstractmethod
-    def decode(self, ids: list[int]) -> str:
-        """The text that `ids` stand for, special tokens included where they have one."""
+    def decode(self, ids: list[int], *, special_tokens: bool = True) -> str:
+        """The text that `ids` stand for, with that of special tokens where they have one."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -119,9 +119,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """Token ids of `text`, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text that `ids` stand for, special tokens included."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], *, special_tokens: bool = True) -> str:
+        """The text that `ids` stand for, with that of special tokens or without."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not special_tokens)
 
     def _find_eod(self) -> int:
         """The EOS token as the tokenizer's config names it, else the model's, else a known one."""
@@ -189,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Token ids of `text`, without BOS or EOS."""
         return self._processor.encode(text)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], *, special_tokens: bool = True) -> str:
         """The text that `ids` stand for; control pieces have none."""
         return self._processor.decode(ids)
 

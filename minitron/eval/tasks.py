@@ -1,20 +1,24 @@
 """Accuracy on tasks of the lm-evaluation-harness, with the model sharded as it is.
 
-Rank 0 drives the harness: it alone loads tasks and data. The token ids of what it asks go to all
-ranks, which compute together; the others wait for them and do nothing else.
+Rank 0 drives the harness: it alone loads tasks and data, once for all models that are measured. The
+token ids of what it asks go to all ranks, which compute together; the others wait for them and do
+nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minitron import metrics
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
-from minitron.eval.loglikelihood import Request, score_continuations
+from minitron.eval.answers import answer_questions
+from minitron.eval.loglikelihood import score_continuations
 from minitron.model.llama import LlamaModel
 from minitron.parallel import is_rank_zero, on_rank_zero
 
@@ -27,7 +31,8 @@ class TaskConfig:
     """Tasks of the lm-evaluation-harness."""
 
     names: list[str] = field(default_factory=list)
-    """Tasks or groups, such as winogrande or your own; needs the extra `eval`."""
+    """Tasks or groups, such as winogrande or your own; needs the extra `eval`. Those that generate
+    text are decoded greedily, without parallel.sequence_parallel."""
     include_path: Path | None = None
     """A directory of task files (YAML) beside those that the harness knows. With `dataset_path:
     json` and `data_files` a task reads local files, and nothing is downloaded."""
@@ -54,51 +59,85 @@ class TaskConfig:
             )
 
 
-def evaluate_tasks(
-    model: LlamaModel, tokenizer: Tokenizer | None, config: TaskConfig, *, micro_batch_size: int
-) -> TaskResults:
-    """Measure a frozen model on tasks; all ranks call this and get the same.
+class Tasks:
+    """A recipe's tasks, loaded once; call everything on all ranks.
+
+    Args:
+        config: the `tasks` section.
 
     Raises:
-        MinitronError: a task is unknown, its data cannot be had, it generates text, or the model
-            has no tokenizer.
+        MinitronError: a task is unknown, or its data cannot be had.
     """
-    if tokenizer is None:
-        raise MinitronError(
-            "tasks are text, but the model's directory has no tokenizer; put its tokenizer.json or "
-            "tokenizer.model there"
-        )
 
-    def score(requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        return score_continuations(model, requests, micro_batch_size=micro_batch_size)
+    def __init__(self, config: TaskConfig) -> None:
+        self._config = config
+        self._loaded: list[Any] = []
 
-    if not is_rank_zero():
-        while (requests := on_rank_zero(_end)) is not None:  # rank 0 says what it is
-            score(requests)
-        return on_rank_zero(dict)
+        def load() -> bool:
+            from minitron.eval import harness  # imports lm-eval
 
-    def shared_score(requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        on_rank_zero(lambda: requests)
-        return score(requests)
+            self._loaded = harness.load_tasks(config)
+            return harness.generate_text(self._loaded)
 
-    results: TaskResults = {}
-    failure: Exception | None = None
-    try:
-        from minitron.eval.harness import run_tasks  # imports lm-eval
+        self.generate_text = on_rank_zero(load)
+        """Whether one of them does, for which a model needs plain layers."""
 
-        results = run_tasks(
-            config, tokenizer, shared_score, max_length=model.arch.max_position_embeddings
-        )
-    except Exception as error:
-        failure = error
-    on_rank_zero(_end)
+    def evaluate(
+        self, model: LlamaModel, tokenizer: Tokenizer | None, *, micro_batch_size: int
+    ) -> TaskResults:
+        """Measure a frozen model; all ranks get the same.
 
-    def outcome() -> TaskResults:
-        if failure is not None:
-            raise failure
-        return results
+        Raises:
+            MinitronError: the model has no tokenizer, its ranks share a sequence that a task wants
+                generated, or a task asks for what is not done here.
+        """
+        if tokenizer is None:
+            raise MinitronError(
+                "tasks are text, but the model's directory has no tokenizer; put its "
+                "tokenizer.json or tokenizer.model there"
+            )
 
-    return on_rank_zero(outcome)
+        if self.generate_text and model.topology.config.sequence_parallel:
+            raise MinitronError(
+                f"tasks.names={self._config.names} generate text, token by token, which leaves no "
+                "sequence to share; leave parallel.sequence_parallel out"
+            )
+        compute: dict[str, Callable[[list], list]] = {
+            "score": functools.partial(
+                score_continuations, model, micro_batch_size=micro_batch_size
+            ),
+            "answer": functools.partial(
+                answer_questions, model, tokenizer, micro_batch_size=micro_batch_size
+            ),
+        }
+        if not is_rank_zero():
+            while work := on_rank_zero(_end):  # rank 0 says what it is
+                compute[work[0]](work[1])
+            return on_rank_zero(dict)
+
+        def share(kind: str, requests: list) -> list:
+            on_rank_zero(lambda: (kind, requests))
+            return compute[kind](requests)
+
+        results: TaskResults = {}
+        failure: Exception | None = None
+        try:
+            from minitron.eval.harness import HarnessModel, run_tasks
+
+            length = model.arch.max_position_embeddings
+            score, answer = (functools.partial(share, kind) for kind in ("score", "answer"))
+            seen = HarnessModel(tokenizer, score, answer, length)
+            results = run_tasks(self._loaded, self._config, seen)
+        except Exception as error:
+            failure = error
+        on_rank_zero(_end)
+
+        def outcome() -> TaskResults:
+            if failure is not None:
+                raise failure
+            return results
+
+        return on_rank_zero(outcome)
 
 
 def mean_metric(results: TaskResults, metric: str) -> float:
@@ -127,6 +166,6 @@ def task_table(results: TaskResults) -> str:
     return metrics.format_table(("task", "metric", "value", "standard error"), rows)
 
 
-def _end() -> Sequence[Request] | None:
-    """In the place of requests: there are no more."""
+def _end() -> tuple[str, list] | None:
+    """In the place of requests and their kind: there are no more."""
     return None

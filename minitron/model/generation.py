@@ -12,7 +12,7 @@ not from the batch it is in, the ranks, or where a run was resumed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,6 +75,7 @@ def generate(
     eod: int,
     seed: int,
     micro_batch_size: int,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> list[Response]:
     """Continue prompts, each until the model ends it or a limit is reached; call on all ranks.
 
@@ -85,6 +86,7 @@ def generate(
         eod: the token that ends a response.
         seed: of the draws.
         micro_batch_size: prompts that go through the model together.
+        stop: tells from a response so far, on every rank, whether it need not go on.
 
     Returns:
         The response to each prompt, on all ranks that share the model.
@@ -114,7 +116,10 @@ def generate(
                 continue
             tokens[row, position] = token = drawn[row]
             finished[row] = bool(token == eod)
-            if finished[row] or position + 1 == ends[row]:
+            cut = position + 1 == ends[row]
+            if stop is not None and not (finished[row] or cut):
+                cut = stop(tokens[row, lengths[row] : position + 1].tolist())
+            if finished[row] or cut:
                 ends[row] = position + (not finished[row])
                 running.remove(row)
         if not running:

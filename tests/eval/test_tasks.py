@@ -1,5 +1,6 @@
 """Tasks of the lm-evaluation-harness against its own Hugging Face backend."""
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from minitron.data.tokenizer import find_tokenizer, train_sentencepiece
 from minitron.errors import MinitronError
-from minitron.eval.tasks import TaskConfig, evaluate_tasks, task_table
+from minitron.eval.tasks import TaskConfig, Tasks, task_table
 from minitron.model.llama import freeze
 from minitron.parallel import initialize
 from tests.runs import build_model, run_on
@@ -62,14 +63,16 @@ def write_tasks(directory):
     common = "dataset_path: json\ntest_split: test\ndataset_kwargs:\n  data_files:\n    test: "
     choice = "\noutput_type: multiple_choice\ndoc_to_target: gold\ndoc_to_choice: choices\n"
     choice += "metric_list:\n  - metric: acc\n  - metric: acc_norm\n"
+    written = "\noutput_type: generate_until\ndoc_to_text: text\ndoc_to_target: text\n"
+    written += "metric_list:\n  - metric: exact_match\ngeneration_kwargs:\n  until: ['x']\n"
     files = {
         "code": f"{common}{directory}/questions.jsonl{choice}doc_to_text: question\n",
         "blank": f"{common}{directory}/questions.jsonl{choice}doc_to_text: ''\n",
         "texts": f"{common}{directory}/texts.jsonl\noutput_type: loglikelihood_rolling\n"
         "doc_to_text: ''\ndoc_to_target: text\nmetric_list:\n  - metric: byte_perplexity\n",
-        "written": f"{common}{directory}/texts.jsonl\noutput_type: generate_until\n"
-        "doc_to_text: text\ndoc_to_target: text\nmetric_list:\n  - metric: exact_match\n"
-        "generation_kwargs:\n  until: ['x']\n",
+        "written": f"{common}{directory}/written.jsonl{written}  max_gen_toks: 9\n",
+        "drawn": f"{common}{directory}/texts.jsonl{written}  do_sample: true\n  temperature: 0.5\n",
+        "long": f"{common}{directory}/texts.jsonl{written}  max_gen_toks: {CONTEXT}\n",
         "lost": f"{common}{directory}/lost.jsonl{choice}doc_to_text: ''\n",
     }
     for name, content in files.items():
@@ -85,6 +88,10 @@ def model(request, tmp_path_factory):
         save_llama3_tokenizer(directory)
     else:
         train_sentencepiece([inspect.getsource(textwrap)], VOCAB, directory)
+        # Never the likeliest are single bytes: sentencepiece and transformers spell those that are
+        # no UTF-8 differently.
+        reference.lm_head.weight.data[3 : 3 + 256] = 0
+        reference.save_pretrained(directory)
     return directory, reference
 
 
@@ -111,7 +118,10 @@ def by_the_harness(model, tasks, names, **options):
 def _evaluate(parallel, directory, config):
     topology = initialize(parallel)
     model = freeze(build_model(directory, topology))
-    return evaluate_tasks(model, find_tokenizer(directory), config, micro_batch_size=4)
+    tasks = Tasks(config)
+    found = tasks.evaluate(model, find_tokenizer(directory), micro_batch_size=4)
+    assert tasks.evaluate(model, find_tokenizer(directory), micro_batch_size=3) == found
+    return found
 
 
 def _failure(parallel, directory, config):
@@ -144,11 +154,8 @@ def _log_likelihoods(parallel, directory, texts, pairs):
     from minitron.eval.loglikelihood import score_continuations
 
     model = freeze(build_model(directory, initialize(parallel)))
-    lm = HarnessModel(
-        find_tokenizer(directory),
-        lambda requests: score_continuations(model, requests, micro_batch_size=3),
-        CONTEXT,
-    )
+    score = functools.partial(score_continuations, model, micro_batch_size=3)
+    lm = HarnessModel(find_tokenizer(directory), score, list, CONTEXT)
     rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     return lm.loglikelihood_rolling(rolling), lm.loglikelihood(asked)
@@ -178,17 +185,98 @@ def test_log_likelihoods_are_those_of_transformers(model):
         assert greedy == expected[1]
 
 
+def _answers(parallel, directory, requests):
+    from lm_eval.api.instance import Instance
+
+    from minitron.eval.answers import answer_questions
+    from minitron.eval.harness import HarnessModel
+
+    model = freeze(build_model(directory, initialize(parallel)))
+    tokenizer = find_tokenizer(directory)
+    answer = functools.partial(answer_questions, model, tokenizer, micro_batch_size=2)
+    lm = HarnessModel(tokenizer, list, answer, CONTEXT)
+    return lm.generate_until([Instance("generate_until", {}, r, 0) for r in requests])
+
+
+@pytest.fixture(scope="module")
+def asked(model):
+    """Texts to continue, with lm-eval's answers by transformers; most are cut at some text."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    directory, reference = model
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    reference.generation_config.eos_token_id = tokenizer.eos_token_id
+    lm = HFLM(pretrained=reference, tokenizer=tokenizer, batch_size=1, max_length=CONTEXT)
+
+    def answers(requests):
+        return lm.generate_until([Instance("generate_until", {}, r, 0) for r in requests])
+
+    source = inspect.getsource(textwrap)
+    texts = ["x", "return lines", "import re", "def wrap(text):\n", source[:300], source[40:75]]
+    freely = [(text, {"until": [], "max_gen_toks": 12}) for text in texts]
+    middles = [answer[len(answer) // 2 :][:2] for answer in answers(freely)]
+    cut = [
+        (text, {"until": [middle, "never"], "max_gen_toks": 12, "do_sample": False})
+        for text, middle in zip(texts, middles, strict=True)
+    ]
+    short = [(text, {"until": "\n\n", "max_new_tokens": 3, "temperature": 0.0}) for text in texts]
+    requests = [*freely, *cut, *short]
+    found = answers(requests)
+    assert sum(a.startswith(b) and a != b for a, b in zip(found, found[6:12], strict=False)) >= 4
+    return requests, found
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2", "pp2 dp2"])
+def test_answers_are_those_of_transformers(model, asked, topology):
+    requests, expected = asked
+    assert run_on(topology, _answers, model[0], requests)[0] == expected
+
+
+def test_a_task_that_generates_text(model, asked, tasks, tmp_path):
+    """Half of the answers that are wanted are those that the model gives."""
+    requests = [(text, {"until": ["x"], "max_gen_toks": 9}) for (text, _) in asked[0][1:6]]
+    ((*answers,),) = run_on("tp1", _answers, model[0], requests)
+    rows = [{"text": text, "gold": a} for (text, _), a in zip(requests, answers, strict=True)]
+    rows[0]["gold"] += "?"
+    (tmp_path / "written.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = (tasks / "written.yaml").read_text().replace(str(tasks), str(tmp_path))
+    task = task.replace("doc_to_target: text", "doc_to_target: gold")
+    (tmp_path / "written.yaml").write_text(task)
+    config = TaskConfig(names=["minitron_written"], include_path=tmp_path)
+    first, second = run_on("pp2", _evaluate, model[0], config)
+    assert first == second
+    expected = by_the_harness(model, tmp_path, ["minitron_written"])["results"]
+    found = first["minitron_written"]["exact_match"]
+    assert found == expected["minitron_written"]["exact_match,none"] == 0.8
+    (message, _) = run_on("tp2+sp", _failure, model[0], config)
+    assert message == (
+        "tasks.names=['minitron_written'] generate text, token by token, which leaves no sequence "
+        "to share; leave parallel.sequence_parallel out"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("minitron_kode", "the harness knows no task minitron_kode; did you mean minitron_code.$"),
-        ("minitron_written", "a task generates text, which is not evaluated here; choose tasks"),
-        ("minitron_lost", "the data of tasks.names=.* cannot be had .*lost.jsonl"),
+        (
+            "minitron_drawn",
+            "a task generates with {'until': \\['x'\\], 'do_sample': True, .*; here a task's "
+            "generation_kwargs may hold until, max_gen_toks and do_sample: false: leave the task "
+            "out, or copy it without the rest$",
+        ),
+        (
+            "minitron_long",
+            f"a task's answers may have {CONTEXT} tokens, which leaves its questions no place "
+            rf"among the {CONTEXT} that the model takes \(max_position_embeddings\); lower",
+        ),
+        ("minitron_lost", "the data of the task minitron_lost cannot be had .*lost.jsonl"),
     ],
 )
 def test_tasks_that_cannot_be_measured(tmp_path, tasks, name, message):
     """Both ranks hear of it, and neither waits for the other."""
-    save_llama(tmp_path, vocab_size=VOCAB)
+    save_llama(tmp_path, vocab_size=VOCAB, max_position_embeddings=CONTEXT)
     train_sentencepiece([inspect.getsource(textwrap)], VOCAB, tmp_path)
     config = TaskConfig(names=[name], include_path=tasks)
     first, second = run_on("dp2", _failure, tmp_path, config)

@@ -83,6 +83,25 @@ def test_some_responses_end_and_others_are_cut(model_dir, prompts):
             assert len(response.tokens) == min(20, CONTEXT - len(prompt.tokens))
 
 
+def _stopped(parallel, model_dir, prompts, config):
+    model = build_model(model_dir, initialize(parallel))
+    options = {"eod": EOD, "seed": SEED, "micro_batch_size": 2}
+    return generate(model, prompts, config, **options, stop=lambda tokens: sum(tokens) > 99)
+
+
+def test_a_response_that_need_not_go_on_is_cut(model_dir, prompts):
+    config = SamplingConfig(max_new_tokens=12, temperature=0.7)
+    (whole,) = run_on("tp1", _generate, model_dir, prompts, config, 2)
+    expected = []
+    for response in whole:
+        sums = [sum(response.tokens[: i + 1]) > 99 for i in range(len(response.tokens))]
+        cut = sums.index(True) + 1 if True in sums else len(sums)
+        expected.append(response.tokens[:cut])
+    assert expected != [response.tokens for response in whole]
+    for found in run_on("pp2", _stopped, model_dir, prompts, config):
+        assert [response.tokens for response in found] == expected
+
+
 def test_no_prompts_no_responses(model_dir):
     assert run_on("tp1", _generate, model_dir, [], SamplingConfig(), 2) == [[]]
 
