@@ -22,16 +22,17 @@ VOCAB = 301
 EVERY = pytest.mark.parametrize("name", list(OBJECTIVES))
 
 
-def _inputs(seed, dtype, *, impossible=None, vocabulary=VOCAB):
+def _inputs(seed, dtype, *, impossible="", vocabulary=VOCAB):
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, S, B, vocabulary, generator=generator)
     student, teacher = 2 * draw() + 300, 2 * draw() - 300
-    if impossible is not None:
+    if impossible:
         student[..., 40:60] = teacher[..., 40:60] = -torch.inf
         if impossible not in ("forward_kl", "top_k", "top_p"):
             student[..., 110] = -torch.inf
         if impossible != "reverse_kl":
             teacher[..., 190:200] = -torch.inf
+        student[0, :, 80:180] = teacher[0, :, 80:180] = -torch.inf  # all columns of a rank of four
     mask = (torch.rand(S, B, generator=generator) < 0.7).float()
     upstream = torch.rand(S, B, generator=generator, dtype=torch.float64)
     return student.to(dtype), teacher.to(dtype), mask, upstream
@@ -63,10 +64,12 @@ def _run(rank, size, group, name, temperature, student, teacher, mask, upstream)
     return loss.detach(), x.grad, valid
 
 
-def _on_rank(seed, dtype, temperature):
-    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-    inputs = _inputs(seed, dtype)
-    return {name: _run(rank, size, group, name, temperature, *inputs) for name in OBJECTIVES}
+def _on_rank(seed, dtype, temperature, impossible):
+    place = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    return {
+        name: _run(*place, name, temperature, *_inputs(seed, dtype, impossible=name * impossible))
+        for name in OBJECTIVES
+    }
 
 
 @DTYPES
@@ -88,11 +91,12 @@ def test_a_vocabulary_of_many_tiles(name, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size):
+@pytest.mark.parametrize("impossible", [False, True], ids=["finite", "with impossible tokens"])
+def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, impossible):
     seed, temperature = torch.seed() % 2**31, 1.7
-    by_rank = run_distributed(_on_rank, world_size, seed, dtype, temperature)
-    inputs = _inputs(seed, dtype)
+    by_rank = run_distributed(_on_rank, world_size, seed, dtype, temperature, impossible)
     for name in OBJECTIVES:
+        inputs = _inputs(seed, dtype, impossible=name * impossible)
         ranks = [found[name] for found in by_rank]
         expected = _expected(name, temperature, *inputs)
         check(ranks, *expected, dtype)
