@@ -172,8 +172,8 @@ class _Collector:
         self._expected: list[Batch] = []
         self._valid = torch.empty(0)  # [b], 1 for the real samples of the micro-batch at hand
         self._seq_length = 0
-        # Of the micro-batch at hand, layer by layer: sums over the sequence [3, b, c] and, for
-        # the groups, squared norms of each token [s, b, g/t].
+        # Of the micro-batch at hand, layer by layer: sums over the sequence [3, b, c]; of groups
+        # that lie on several ranks, parts of each token's squared norms [s, b, g].
         self._seen: dict[str, list[Tensor]] = {name: [] for name in self._sizes}
         # First and second moments over samples, [2, 3, L/p, c]; made by the first micro-batch.
         self._moments: dict[str, Tensor] = {}
@@ -256,21 +256,20 @@ class _Collector:
         self._seen["ffn"].append(_sequence_sums(x))
 
     def _see_heads(self, x: Tensor) -> None:  # [s, b, n/t * d]
-        heads = x.float().unflatten(-1, (-1, self._model.arch.kv_channels))
-        squares = heads.square().sum(-1)  # [s, b, n/t]
-        self._seen["heads"].append(_sequence_sums(squares.sqrt()))
-        self._seen["query_groups"].append(self._group_squares(squares))
+        arch = self._model.arch
+        heads_of_group = arch.num_attention_heads // arch.num_query_groups
+        self._seen["heads"].append(_sequence_sums(x, group=arch.kv_channels))
+        self._seen["query_groups"].append(
+            self._group_squares(x)
+            if self._splits_groups
+            else _sequence_sums(x, group=heads_of_group * arch.kv_channels)
+        )
 
-    def _group_squares(self, squares: Tensor) -> Tensor:
-        """Sums over each group's heads on this rank: [s, b, n/t] → [s, b, g/t], [s, b, g] if split.
-
-        A group that lies on several ranks is a part of a column, zero elsewhere.
-        """
+    def _group_squares(self, x: Tensor) -> Tensor:
+        """This rank's part of a group that lies on several: [s, b, n/t * d] → [s, b, g], else 0."""
         groups, topology = self._sizes["query_groups"], self._model.topology
-        if not self._splits_groups:
-            return squares.unflatten(-1, (groups // topology.tp_size, -1)).sum(-1)
-        total = squares.new_zeros(*squares.shape[:-1], groups)
-        total[..., topology.tp_rank * groups // topology.tp_size] = squares.sum(-1)
+        total = x.new_zeros(*x.shape[:-1], groups, dtype=torch.float32)
+        total[..., topology.tp_rank * groups // topology.tp_size] = x.float().square().sum(-1)
         return total
 
     def _see_layer(
@@ -288,8 +287,9 @@ class _Collector:
             parts.clear()
         shared = ["hidden"] * self._sequence_parallel + ["query_groups"] * self._splits_groups
         self._complete(seen, shared)
-        groups = seen["query_groups"].transpose(0, 1)  # [s, L/p, b, g]
-        seen["query_groups"] = _sequence_sums(groups.sqrt()).transpose(0, 1)
+        if self._splits_groups:
+            groups = seen["query_groups"].transpose(0, 1)  # [s, L/p, b, g]
+            seen["query_groups"] = _sequence_sums(groups.sqrt()).transpose(0, 1)
         for name, sums in seen.items():  # [L/p, 3, b, c]
             moments = self._sample_moments(sums)
             self._moments[name] = self._moments.get(name, 0) + moments
@@ -326,7 +326,7 @@ class _Collector:
         return (moments * self._valid[:, None]).sum(3)
 
 
-def _sequence_sums(x: Tensor) -> Tensor:
-    """Sums of |x|, x² and x over the first dimension: [s, ..., c] → [3, ..., c] in fp64."""
-    absolute, squares, signed, _ = activation_stats(x.flatten(1, -2))
+def _sequence_sums(x: Tensor, *, group: int = 1) -> Tensor:
+    """Sums of |x|, x² and x over the first dimension: [s, ..., c] → [3, ..., c/group] in fp64."""
+    absolute, squares, signed, _ = activation_stats(x.flatten(1, -2), group=group)
     return torch.stack([absolute, squares, signed]).unflatten(1, x.shape[1:-1])
