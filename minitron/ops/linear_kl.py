@@ -272,16 +272,17 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
         deviation <= 1e-3 * upstream.abs().amax(),
         "the gradient that reaches linear_kl is not proportional to its token_weights",
     )
-    hidden_grad = (hidden_grad * factor).to(hidden_grad.dtype)
+    hidden_grad.mul_(factor)  # nobody else has it; going backward twice is refused
     group = named_group(ctx.group)  # every rank of it has seen its columns' part alone
     if ctx.sequence_parallel:
         hidden_grad = scatter_sum(hidden_grad, group)
     else:
         hidden_grad = start_summing(hidden_grad, group)()
-    scaled = torch.empty_like(head_grad, dtype=ctx.head_dtype)
-    for target, source in zip(scaled.split(_HEAD_ROWS), head_grad.split(_HEAD_ROWS), strict=True):
-        target.copy_(source * factor)
-    return hidden_grad.view(ctx.shape), scaled, *[None] * (len(_Arguments._fields) - 2)
+    return (
+        hidden_grad.view(ctx.shape),
+        _scaled(head_grad, factor, ctx.head_dtype),
+        *[None] * (len(_Arguments._fields) - 2),
+    )
 
 
 _linear_kl = compose(
@@ -326,6 +327,16 @@ def _take_turns(jobs: Iterator[Steps[None]], *, at_once: int) -> None:
             advance(begun.popleft())
     while begun:
         advance(begun.popleft())
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient times a factor: in place, or block by block if it is of another dtype."""
+    if grad.dtype == dtype:
+        return grad.mul_(factor)
+    scaled = torch.empty_like(grad, dtype=dtype)
+    for target, source in zip(scaled.split(_HEAD_ROWS), grad.split(_HEAD_ROWS), strict=True):
+        target.copy_(source * factor)
+    return scaled
 
 
 def _whole(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -6,15 +6,16 @@
 
 from __future__ import annotations
 
-import resource
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron.ops.linear_kl import TeacherHidden, linear_kl
+from minitron.ops.linear_kl import CHUNK_TOKENS_ON_CPU, TeacherHidden, linear_kl
 from tests.bench.runner import Case
 
 
@@ -37,14 +38,19 @@ class Problem:
 
 
 PROBLEMS = {
-    "cpu": Problem(512, 1024, 32000, torch.float32, 256),
-    "cuda": Problem(8192, 4096, 128256, torch.bfloat16, 2048),
+    "cpu": [
+        Problem(512, 1024, 32000, dtype, chunk_tokens=256)
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    "cuda": [Problem(8192, 4096, 128256, torch.bfloat16, chunk_tokens=2048)],
 }
+TARGETS = {"cpu": {"bare GEMMs": 1 / 1.25}, "cuda": {"bare GEMMs": 1 / 1.25, "eager": 1.51}}
 
 
 def cases(device: str) -> Iterator[Case]:
-    """One size a device."""
-    yield _case(PROBLEMS[device], device)
+    """What a device can time."""
+    for problem in PROBLEMS[device]:
+        yield _case(problem, device)
 
 
 def _inputs(problem: Problem, device: str) -> list[Tensor]:
@@ -78,6 +84,7 @@ def _case(problem: Problem, device: str) -> Case:
     inputs = _inputs(problem, device)
     student, head, teacher, teacher_head = (x.detach() for x in inputs)
     logits = student.new_empty(problem.tokens, 1, problem.vocabulary)
+    torch.compiler.reset()
     compiled, fused = torch.compile(eager), _fused(problem.chunk_tokens)
 
     def gemms() -> None:
@@ -89,7 +96,8 @@ def _case(problem: Problem, device: str) -> Case:
     hidden, vocabulary = problem.hidden, problem.vocabulary
     return Case(
         op="linear_kl",
-        shape=f"[{problem.tokens}, {hidden}] x [{vocabulary}, {hidden}]",
+        shape=f"[{problem.tokens}, {hidden}] x [{vocabulary}, {hidden}],"
+        f" chunks of {problem.chunk_tokens}",
         dtype=str(problem.dtype).removeprefix("torch."),
         variants={
             "eager": lambda: _step(eager, inputs),
@@ -97,6 +105,7 @@ def _case(problem: Problem, device: str) -> Case:
             "bare GEMMs": gemms,
             "linear_kl": lambda: _step(fused, inputs),
         },
+        targets={"linear_kl": TARGETS[device]},
     )
 
 
@@ -106,23 +115,67 @@ PEAKS = {
         ("eager", Problem(1024, 64, 128256, torch.float32, 256)),
         ("linear_kl", Problem(1024, 64, 128256, torch.float32, 256)),
         ("linear_kl", Problem(8192, 64, 128256, torch.float32, 256)),
+        ("linear_kl", Problem(8192, 64, 128256, torch.float32, CHUNK_TOKENS_ON_CPU)),
     ],
-    "cuda": [("eager", PROBLEMS["cuda"]), ("linear_kl", PROBLEMS["cuda"])],
+    "cuda": [(variant, PROBLEMS["cuda"][0]) for variant in ("eager", "linear_kl")],
 }
 
 
-def peak(variant: str, problem: Problem, device: str) -> float:
-    """Megabytes that one step adds to this process's peak; a process can tell only once."""
+@dataclass(frozen=True)
+class Peak:
+    """What one step adds to a process's peak, in megabytes, and what it may be."""
+
+    variant: str
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: str
+    chunk_tokens: int
+    mb: float
+    gradients_mb: float
+    """Of it, what cannot be had for less: gradients of the hidden states and, in fp32, the head."""
+    bound_mb: float
+    """For all the rest: 64 bytes a token and two chunks of logits."""
+
+
+def peak(number: int, device: str) -> Peak:
+    """Take one step of the problem, after a small one for which libraries set memory aside."""
+    variant, problem = PEAKS[device][number]
+    chunk, vocabulary = problem.chunk_tokens, problem.vocabulary
+    loss = {"eager": eager, "linear_kl": _fused(chunk)}[variant]
+    small = dataclasses.replace(problem, tokens=chunk, vocabulary=vocabulary // 16)
+    _step(loss, _inputs(small, device))
     inputs = _inputs(problem, device)
+    before = _forget_peak(device)
+    _step(loss, inputs)
+    added = _peak_bytes(device) - before
+    element, hidden = problem.dtype.itemsize, problem.hidden
+    gradients = problem.tokens * hidden * element + vocabulary * hidden * 4
+    return Peak(
+        variant,
+        problem.tokens,
+        hidden,
+        vocabulary,
+        str(problem.dtype).removeprefix("torch."),
+        chunk,
+        added / 1e6,
+        gradients / 1e6,
+        (64 * problem.tokens + 2 * chunk * vocabulary * element) / 1e6,
+    )
+
+
+def _forget_peak(device: str) -> int:
+    """Begin a new peak; the bytes in use now."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # to what is allocated now
-    before = _most_bytes(device)
-    _step({"eager": eager, "linear_kl": _fused(problem.chunk_tokens)}[variant], inputs)
-    return (_most_bytes(device) - before) / 1e6
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak_bytes(device)
 
 
-def _most_bytes(device: str) -> int:
+def _peak_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 _GPU_ROUND_MS = 20.0
+COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,17 @@ class Case:
     variants: dict[str, Callable[[], object]]
     floor_bytes: dict[str, int] = field(default_factory=dict)
     """What a variant must move at least, where that is known."""
-    targets: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Speedups to reach over the first and the second variant."""
+    targets: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By variant, how many times as fast as another it has to be; over `COPY`, as the bandwidth."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speed to reach and the one that was found, in multiples of another variant's."""
+
+    over: str
+    wanted: float
+    found: float
 
 
 @dataclass
@@ -50,7 +61,7 @@ class Row:
     over_compile: float
     gb_per_s: float | None
     share_of_copy: float | None
-    target: tuple[float, float] | None
+    targets: list[Target]
 
 
 def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
@@ -58,7 +69,7 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
     on_gpu = device != "cpu"
     source = torch.ones(1 << (28 if on_gpu else 26), device=device)  # far beyond any cache
     target = torch.empty_like(source)
-    variants = {**case.variants, "copy": lambda: target.copy_(source)}
+    variants = {**case.variants, COPY: lambda: target.copy_(source)}
 
     def time_ms(run: Callable[[], object], repetitions: int = 1) -> float:
         start = time.perf_counter()
@@ -79,12 +90,14 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
         for name, run in variants.items():
             times[name].append(time_ms(run, repetitions[name]))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    copy_gb_per_s = 2 * source.nbytes / medians["copy"] / 1e6
+    copy_gb_per_s = 2 * source.nbytes / medians[COPY] / 1e6
     eager, compiled = (medians[name] for name in list(case.variants)[:2])
     rows = []
     for name in case.variants:
+        wanted = case.targets.get(name, {})
         moved = case.floor_bytes.get(name)
         rate = moved / medians[name] / 1e6 if moved else None
+        share = rate / copy_gb_per_s if rate else None
         rows.append(
             Row(
                 case.op,
@@ -96,8 +109,11 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
                 eager / medians[name],
                 compiled / medians[name],
                 rate,
-                rate / copy_gb_per_s if rate else None,
-                case.targets.get(name),
+                share,
+                [
+                    Target(over, speed, share if over == COPY else medians[over] / medians[name])
+                    for over, speed in wanted.items()
+                ],
             )
         )
     return rows
@@ -105,7 +121,9 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
 
 def describe_machine(device: str, threads: int, rounds: int) -> dict[str, Any]:
     """What a page of results says of how it came about."""
+    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
     machine = {
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": _processor(),
         "threads": threads,
