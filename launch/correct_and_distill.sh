@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Correct the teacher in parallel with the distillation: the two take turns of EVERY steps, the
-# teacher first, so that a student pruned from the original teacher learns from one that adapts to
-# the data. The other way is to correct the teacher first, with one recipe for train.py.
+# Correct the teacher and distill from it in turns of EVERY steps, the teacher first, so that a student
+# pruned from the original teacher learns from one that adapts to the data. One stage runs at a time,
+# on all ranks. The other way is to correct the teacher first, with one recipe for train.py.
 #
 #     bash launch/correct_and_distill.sh STEPS EVERY OUT CORRECTION.yaml DISTILL.yaml
 #
@@ -14,7 +14,7 @@
 #         launch/recipes/llama3.1_4b_width_distill.yaml
 set -euo pipefail
 
-[[ $# -eq 5 ]] || { sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "$0" >&2; exit 2; }
+[[ $# -eq 5 ]] || { sed -n '2,/^set/{s/^# \{0,1\}//;/^set/d;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
 steps=$1 every=$2 out=$3 correction=$4 distill=$5
 launch=$(dirname "${BASH_SOURCE[0]}")
 run=${RUN:-python}

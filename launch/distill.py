@@ -55,7 +55,7 @@ class Recipe:
     precision: Precision = "fp32"
     """Of weights and activations; the optimizer keeps fp32 main weights."""
     seed: int = 1234
-    """Of the order of the samples."""
+    """Of the order of the samples, and of the map between the widths of intermediate losses."""
     overwrite: bool = False
     """Replace `out` if minitron wrote it."""
     resume: bool = False

@@ -34,16 +34,23 @@ die() {
 }
 
 # run_stage STAGE [ARGUMENT ...]: run launch/STAGE.py on every rank of the job.
+run_stage() {
+    local stage=$1
+    shift
+    run_step "launch/$stage.py" "$@"
+}
+
+# run_step SCRIPT [ARGUMENT ...]: run a stage's script on every rank; returns if it succeeds, so that
+# a job can run several.
 #
 # Near the time limit Slurm sends USR1 to this shell. It goes on to srun, which hands it to every
 # torchrun and so to the ranks. A job that ends in an error after that goes back into the queue
 # under its own number, and a stage that is given --resume continues where it was. The exit status
 # cannot tell a stopped run from a failed one (torchrun exits 1 either way), whether the signal came
 # can: an error without it is final.
-run_stage() {
-    local stage=$1
-    shift
-    [[ -f "launch/$stage.py" ]] || die "no launch/$stage.py in $PWD; submit from the checkout's root"
+run_step() {
+    [[ -z "$signalled" ]] || requeue
+    [[ -f "$1" ]] || die "no $1 in $PWD; submit from the checkout's root"
 
     local nodes ranks head port
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -73,12 +80,11 @@ run_stage() {
         --rdzv-endpoint="$head:$port"
         # USR1 is not among torchrun's defaults: it would die of it and leave the ranks behind.
         --signals-to-handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-        "launch/$stage.py" "$@"
+        "$@"
     )
     echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): ${step[*]}"
 
-    local signalled="" status step_pid=""
-    trap 'signalled=1; kill -USR1 "$step_pid" 2>/dev/null || true' USR1
+    local status
     "${step[@]}" &
     step_pid=$!
     # A trapped signal ends `wait` early; only the step's own end ends this loop.
@@ -88,10 +94,16 @@ run_stage() {
         kill -0 "$step_pid" 2>/dev/null
     do :; done
 
-    if [[ -n "$signalled" && "$status" -ne 0 ]]; then
-        echo "$(date -u +%FT%TZ) stopped before the time limit; back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 0
-    fi
+    [[ "$status" -ne 0 ]] || return 0
+    [[ -z "$signalled" ]] || requeue
     exit "$status"
+}
+
+signalled="" step_pid=""
+trap 'signalled=1; [[ -z "$step_pid" ]] || kill -USR1 "$step_pid" 2>/dev/null || true' USR1
+
+requeue() {
+    echo "$(date -u +%FT%TZ) stopped before the time limit; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
 }

@@ -88,6 +88,8 @@ def test_a_student_learns_from_a_teacher_that_is_corrected_meanwhile(tmp_path, f
 def test_usage(tmp_path):
     result = correct_and_distill(cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("Correct the teacher in parallel with the distillation")
+    assert result.stderr.startswith(
+        "Correct the teacher and distill from it in turns of EVERY steps"
+    )
     usage = "correct_and_distill.sh STEPS EVERY OUT CORRECTION.yaml DISTILL.yaml"
     assert usage in result.stderr

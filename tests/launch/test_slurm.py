@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "slurm"
 TEMPLATES = sorted(SLURM.glob("*.sbatch"))
+TURNS = SLURM / "correct_and_distill.sbatch"  # the one that runs several stages
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -33,6 +34,7 @@ esac
 """
 TORCHRUN = r"""#!/usr/bin/env bash
 printf '%s\n' "$@" >"$LOG/torchrun"
+echo "${@:7}" >>"$LOG/launches"
 env >"$LOG/environment"
 case "${FAKE_TORCHRUN:-}" in
 wait) trap 'echo >"$LOG/signalled"; exit 1' USR1
@@ -53,6 +55,7 @@ def job(tmp_path):
     shutil.copytree(SLURM, checkout / "launch" / "slurm")
     for template in TEMPLATES:
         (checkout / "launch" / f"{template.stem}.py").touch()
+    shutil.copy(ROOT / "launch" / "correct_and_distill.sh", checkout / "launch")
     log.mkdir()
     for path, text in (
         (tools / "srun", SRUN),
@@ -95,7 +98,7 @@ def test_bash_accepts_it(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+@pytest.mark.parametrize("template", set(TEMPLATES) - {TURNS}, ids=lambda path: path.name)
 def test_template_runs_its_launcher(template):
     text = template.read_text()
     assert re.search(r"^run_stage (\w+) ", text, re.MULTILINE)[1] == template.stem
@@ -199,6 +202,46 @@ def test_a_run_that_finishes_after_the_signal_is_not_requeued(job):
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=30)
     assert process.returncode == 0
+    assert not (log / "requeued").exists()
+
+
+def test_turns_run_one_stage_after_the_other(job):
+    _, log, _ = job
+    assert f"--job-name=minitron-{TURNS.stem}\n" in TURNS.read_text()
+    process = submit(job, TURNS.stem, "3", "2", "out", "c.yaml", "d.yaml")
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    expected = [
+        launched
+        for end in (2, 3)
+        for launched in (
+            f"launch/train.py --config c.yaml --out out/teacher --train.steps 3 "
+            f"--until_step {end} --resume",
+            f"launch/distill.py --config d.yaml --teacher out/teacher --out out/student "
+            f"--train.steps 3 --until_step {end} --resume",
+        )
+    ]
+    assert lines(log, "launches") == expected
+
+
+@pytest.mark.parametrize("ending", ["wait", "finish"])
+def test_turns_stopped_by_the_time_limit_are_requeued(job, ending):
+    _, log, _ = job
+    process = submit(job, TURNS.stem, "3", "2", "out", "c.yaml", "d.yaml", FAKE_TORCHRUN=ending)
+    wait_for(log / "waiting")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=30)
+    assert lines(log, "requeued") == ["123456"], output
+    assert process.returncode == 0
+    assert len(lines(log, "launches")) == 1  # the next turn is not begun
+
+
+def test_turns_end_with_the_first_failure(job):
+    _, log, _ = job
+    process = submit(job, TURNS.stem, "3", "2", "out", "c.yaml", "d.yaml", FAKE_TORCHRUN="fail")
+    process.communicate(timeout=30)
+    assert process.returncode == 7
+    assert len(lines(log, "launches")) == 1
     assert not (log / "requeued").exists()
 
 
