@@ -79,11 +79,6 @@ class DistillConfig:
             raise MinitronError(f"distill.top_p={self.top_p} must lie in (0, 1]")
 
     @property
-    def training_losses(self) -> tuple[str, ...]:
-        """What `metrics.jsonl` says of a step."""
-        return ("loss", "kl", "ce") if self.lm_weight else ("loss", "kl")
-
-    @property
     def objective(self) -> Objective:
         """The loss as `minitron.ops` has it."""
         match self.loss:
@@ -130,12 +125,12 @@ class Distillation(abc.ABC):
         config: the loss.
     """
 
+    training_losses: tuple[str, ...] = ("loss", "kl", "ce", "top1_agreement")
     validation_losses: tuple[str, ...] = ("val_loss", "val_kl", "val_top1_agreement")
 
     def __init__(self, source: Source, config: DistillConfig) -> None:
         self._source = source
         self._config = config
-        self.training_losses = config.training_losses
 
     def window(self, microbatches: Sequence[Batch]) -> int | None:
         """Micro-batches of a step to `prepare` at a time; None for all."""
@@ -148,24 +143,28 @@ class Distillation(abc.ABC):
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """The `loss`, and for reading the forward `kl` and the cross-entropy `ce`, each [s, b]."""
-        found = self._losses(model, hidden, batch, index, labels=bool(self._config.lm_weight))
-        losses = {"loss": found.loss, "kl": found.forward_kl}
-        return losses if found.cross_entropy is None else {**losses, "ce": found.cross_entropy}
+        """The `loss`, and for reading the forward `kl`, the cross-entropy `ce` and how often the
+        student agrees with the teacher on the most probable token, each [s, b].
+        """
+        found = self._losses(model, hidden, batch, index)
+        assert found.cross_entropy is not None
+        assert found.top1_agreement is not None
+        return {
+            "loss": found.loss,
+            "kl": found.forward_kl,
+            "ce": found.cross_entropy,
+            "top1_agreement": found.top1_agreement,
+        }
 
     def validation(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """The student's own cross-entropy `val_loss`, its divergence `val_kl`, and how often it
-        agrees with the teacher on the most probable token, each [s, b].
-        """
-        found = self._losses(model, hidden, batch, index, labels=True, agreement=True)
-        assert found.cross_entropy is not None
-        assert found.top1_agreement is not None
+        """What `training` has for reading, of held-out data."""
+        found = self.training(model, hidden, batch, index)
         return {
-            "val_loss": found.cross_entropy,
-            "val_kl": found.forward_kl,
-            "val_top1_agreement": found.top1_agreement,
+            "val_loss": found["ce"],
+            "val_kl": found["kl"],
+            "val_top1_agreement": found["top1_agreement"],
         }
 
     def finish(self, losses: dict[str, float]) -> dict[str, float]:
@@ -173,9 +172,7 @@ class Distillation(abc.ABC):
         return losses
 
     @abc.abstractmethod
-    def _losses(
-        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, **asked: bool
-    ) -> LinearLosses:
+    def _losses(self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> LinearLosses:
         """`_compare` the student with what the teacher says of micro-batch `index`."""
 
     def _compare(
@@ -186,9 +183,6 @@ class Distillation(abc.ABC):
         teacher: TeacherHidden | KnownTokens,
         objective: Objective,
         valid_columns: int,
-        *,
-        labels: bool,
-        agreement: bool = False,
     ) -> LinearLosses:
         config = self._config
         return linear_kl(
@@ -198,11 +192,11 @@ class Distillation(abc.ABC):
             objective=objective,
             token_weights=batch.loss_mask.t(),
             valid_columns=valid_columns,
-            labels=batch.labels.t() if labels else None,
+            labels=batch.labels.t(),
             lm_weight=config.lm_weight,
             temperature=config.temperature,
             temperature_power=config.temperature_power,
-            agreement=agreement,
+            agreement=True,
             sequence_parallel=model.config.sequence_parallel,
             tp_group=model.topology.groups.tp,
         )
@@ -220,10 +214,8 @@ class LogitDistillation(Distillation):
         super().__init__(teacher, config)
         self._teacher = teacher
 
-    def _losses(
-        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, **asked: bool
-    ) -> LinearLosses:
+    def _losses(self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> LinearLosses:
         teacher = self._teacher.model
         states = TeacherHidden(self._teacher.take(index), teacher.head)
         columns = shared_columns(model, teacher)
-        return self._compare(model, hidden, batch, states, self._config.objective, columns, **asked)
+        return self._compare(model, hidden, batch, states, self._config.objective, columns)

@@ -14,6 +14,7 @@ proportional to it, as it is for a masked sum or mean. That is checked.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -203,7 +204,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         if given.differentiate:
             by_token = token_weights[chunk]
             weights = torch.stack([factor * by_token, given.lm_weight * by_token])
-        found = yield from _losses_and_gradient(objective, logits, weights)
+        found = yield from _losses_and_gradient(objective, logits, weights, given.lm_weight)
         losses[chunk] = factor * found.objective
         if given.lm_weight:
             losses[chunk] += given.lm_weight * found.cross_entropy
@@ -299,13 +300,15 @@ _linear_kl = compose(
 
 
 def _losses_and_gradient(
-    objective: Objective, logits: Logits, weights: Tensor | None
+    objective: Objective, logits: Logits, weights: Tensor | None, lm_weight: float
 ) -> Steps[Losses]:
     """The losses; with weights [2, tokens], the gradient replaces the student's logits."""
     if isinstance(objective, KL) and weights is not None and logits.tp_group is None:
         return objective.fused(logits, weights)
     losses, saved = yield from objective.losses(logits)
     if weights is not None:
+        if not lm_weight:  # the cross-entropy is for reading
+            logits = dataclasses.replace(logits, labels=None)
         objective.gradient(logits, saved, weights, logits.student)
     return losses
 

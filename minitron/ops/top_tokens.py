@@ -33,7 +33,9 @@ from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
     accumulation_dtype,
     first_column,
+    first_largest,
     gather_statistics,
+    largest_column,
     start_gathering,
     token_chunks,
 )
@@ -100,13 +102,13 @@ class TopKL(Objective):
 
 def top1_agreement(logits: Logits) -> Steps[Tensor]:
     """Where [tokens] student and teacher find the same token most probable: 1, else 0."""
-    options = (logits.valid_columns, logits.offset, 1.0)
-    best = [candidates(logits.student, 1, *options)]
+    whole = [logits.student]
     if isinstance(logits.teacher, Tensor):
-        best.append(candidates(logits.teacher, 1, *options))
-    wait = start_gathering(torch.cat(best, 1), logits.tp_group)
+        whole.append(logits.teacher)
+    found = [largest_column(rows, logits.valid_columns, logits.offset) for rows in whole]
+    wait = start_gathering(torch.cat(found, 1), logits.tp_group)
     yield
-    first = [choose(x, 1, None, 1.0)[0][:, 0] for x in wait().split(4, dim=2)]
+    first = [first_largest(x) for x in wait().split(2, dim=2)]
     if not isinstance(logits.teacher, Tensor):
         most = logits.teacher.log_probabilities.argmax(1, keepdim=True)
         first.append(logits.teacher.ids.gather(1, most)[:, 0])

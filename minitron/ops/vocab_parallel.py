@@ -108,12 +108,27 @@ def vocab_parallel_argmax(
         [...] int64, counted over all ranks.
     """
     rows = logits.detach().flatten(0, -2)
-    values = rows.new_full((len(rows),), NO_COLUMNS, dtype=torch.float64)
-    columns = torch.zeros_like(values)
+    found = largest_column(rows, valid_columns, first_column(logits, tp_group))
+    return first_largest(gather_statistics(found, tp_group)).view(logits.shape[:-1])
+
+
+def largest_column(rows: Tensor, valid_columns: int, offset: int) -> Tensor:
+    """A rank's largest logit and its token id, the first of equals, [tokens, 2] in fp64.
+
+    Args:
+        rows: [tokens, v/t].
+        valid_columns: leading columns that stand for a token.
+        offset: id of the first column.
+    """
+    found = rows.new_zeros(len(rows), 2, dtype=torch.float64)
+    found[:, 0] = NO_COLUMNS
     if valid_columns:
         best = rows[:, :valid_columns].max(1)
-        rank = 0 if tp_group is None else tp_group.rank()
-        values, columns = best.values.double(), best.indices.double() + rank * rows.shape[1]
-    gathered = gather_statistics(torch.stack([values, columns], -1), tp_group)  # [t, tokens, 2]
+        found[:, 0], found[:, 1] = best.values, best.indices + offset
+    return found
+
+
+def first_largest(gathered: Tensor) -> Tensor:
+    """The token ids [tokens] of the largest of all ranks' `largest_column`, [t, tokens, 2]."""
     winner = gathered[..., 0].argmax(0, keepdim=True)
-    return gathered[..., 1].gather(0, winner)[0].long().view(logits.shape[:-1])
+    return gathered[..., 1].gather(0, winner)[0].long()

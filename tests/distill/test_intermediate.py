@@ -122,6 +122,8 @@ def gradient_errors(run, maps):
         "lr",
         "grad_norm",
         "tokens",
+        "ce",
+        "top1_agreement",
         *runs.MEASURED,
     }
     errors = {name: abs(record[name] - value) / value for name, value in expected.items()}

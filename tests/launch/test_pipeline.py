@@ -180,7 +180,11 @@ def test_the_teacher_learns_and_says_how(demo):
 
 def test_distillation_reports_what_transformers_computes(demo):
     trained, validated = records(demo / "width")
-    assert all(line["kl"] == line["loss"] for line in trained)
+    losses = {"loss", "kl", "ce", "top1_agreement"}
+    for line in trained:
+        assert line.keys() == {"step", *losses, "lr", "grad_norm", "tokens", *MEASURED}
+        assert line["kl"] == line["loss"]
+        assert 0 < line["top1_agreement"] < 1
     assert trained[-1]["kl"] < trained[0]["kl"]
     assert [line["step"] for line in validated] == [0, STEPS]
     target = log_probabilities(demo / "teacher", valid_samples(demo))

@@ -127,7 +127,7 @@ def test_metrics_of_a_run(models, tmp_path, topology, distill):
     results = run_on(topology, runs.train, run)
     records = read_metrics(tmp_path / "metrics.jsonl")
 
-    losses = ["loss", "kl"] if distill else ["loss"]
+    losses = ["loss", "kl", "ce", "top1_agreement"] if distill else ["loss"]
     validation = ["val_loss", "val_kl", "val_top1_agreement"] if distill else ["val_loss"]
     trained = [r for r in records if "loss" in r]
     for step, record in enumerate(trained, start=1):
