@@ -9,13 +9,14 @@ from pathlib import Path
 from minitron import artifact, config, platform
 from minitron.data.batches import DataConfig, prepare_data
 from minitron.data.tokenizer import find_tokenizer
-from minitron.distill.gates import check_weights
+from minitron.distill.gates import check_teacher, check_weights
 from minitron.distill.offline.cache import (
     CacheConfig,
     check_continues,
     choose_samples,
     close_store,
     describe,
+    first_batch,
     open_store,
     write_missing_shards,
 )
@@ -27,11 +28,13 @@ from minitron.stage import run
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """A model on disk."""
+class TeacherSource:
+    """The model whose outputs to store."""
 
     path: Path
     """Its Hugging Face directory."""
+    allow_untrained: bool = False
+    """Store even what a teacher says that predicts the data no better than chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Recipe:
     batch size and topology, with `launch/distill.py --teacher.logits`.
     """
 
-    teacher: ModelSource
+    teacher: TeacherSource
     """The model whose outputs to store."""
     data: DataConfig
     """The data of the distillation runs."""
@@ -82,7 +85,7 @@ def main(recipe: Recipe) -> None:
             samples,
             recipe.cache,
             teacher=teacher,
-            tokenizer=tokenizer.fingerprint if tokenizer else None,
+            tokenizer=tokenizer,
             vocab_size=arch.vocab_size,
             precision=recipe.precision,
             seed=recipe.seed,
@@ -91,6 +94,9 @@ def main(recipe: Recipe) -> None:
     dtype = platform.DTYPES[recipe.precision]
     model = freeze(build_llama(arch, topology, weights, dtype=dtype))
     check_weights(model, teacher)
+    size = recipe.cache.micro_batch_size
+    untrained = recipe.teacher.allow_untrained
+    check_teacher(model, first_batch(samples, size), allow_untrained=untrained)
 
     def begin() -> None:
         if out.exists() and recipe.overwrite and not recipe.resume:
@@ -117,7 +123,6 @@ def main(recipe: Recipe) -> None:
         )
 
     on_rank_zero(begin)
-    size = recipe.cache.micro_batch_size
     write_missing_shards(model, samples, info, out, micro_batch_size=size)
     on_rank_zero(finish)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minitron.data.batches import Batch
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
-from minitron.distill.losses import shared_columns
+from minitron.distill.losses import Distillation, shared_columns
 from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
@@ -22,11 +22,13 @@ from minitron.metrics import log
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
 from minitron.model.sharding import faulty_tensors
-from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
+from minitron.ops.linear_kl import TeacherHidden, linear_kl
 
 # A teacher that has learnt anything is better than chance by more than this, in nats a token; one
 # of zeros or noise is not.
 _LEAST_GAIN = 0.05
+
+ALLOW_UNTRAINED = "--teacher.allow_untrained"
 
 
 def shared_tokenizer(teacher: Path, student: Path) -> Tokenizer | None:
@@ -45,29 +47,25 @@ def shared_tokenizer(teacher: Path, student: Path) -> Tokenizer | None:
     return of_student or of_teacher
 
 
-def shared_vocab_size(
-    teacher: Architecture, student: Architecture, tokenizer: Tokenizer | None
-) -> int:
+def shared_vocab_size(teacher: int, student: int, tokenizer: int | None) -> int:
     """Tokens that both models know, where one's table may be padded further than the other's.
 
     Args:
-        teacher: its shape.
-        student: its shape.
-        tokenizer: of both, if they have one.
+        teacher: rows of its table.
+        student: rows of its table.
+        tokenizer: tokens of the tokenizer of both, if they have one.
 
     Raises:
         MinitronError: the larger table holds more than padding, as far as anybody can tell.
     """
-    sizes = teacher.vocab_size, student.vocab_size
-    if sizes[0] == sizes[1]:
-        return sizes[0]
-    if tokenizer is not None and tokenizer.vocab_size <= min(sizes):
+    sizes = teacher, student
+    if teacher == student or (tokenizer is not None and tokenizer <= min(sizes)):
         return min(sizes)
     known = "neither brings a tokenizer that could tell which rows are padding"
     if tokenizer is not None:
-        known = f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size}"
+        known = f"the tokenizer has {tokenizer}"
     raise MinitronError(
-        f"the teacher's vocabulary has {sizes[0]} tokens, the student's {sizes[1]}, and {known}; "
+        f"the teacher's vocabulary has {teacher} tokens, the student's {student}, and {known}; "
         "distillation compares token by token: give a student pruned from this teacher"
     )
 
@@ -105,27 +103,10 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
 
     def losses(model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> dict[str, Tensor]:
         target = TeacherHidden(teacher.take(index), teacher.model.head)
-
-        def compare(hidden: Tensor, head: Tensor) -> LinearLosses:
-            return linear_kl(
-                hidden,
-                head,
-                target,
-                token_weights=batch.loss_mask.t(),
-                valid_columns=shared_columns(model, teacher.model),
-                labels=batch.labels.t(),
-                sequence_parallel=model.config.sequence_parallel,
-                tp_group=model.topology.groups.tp,
-            )
-
-        of_student, of_teacher = compare(hidden, model.head), compare(*target)
-        assert of_student.cross_entropy is not None
-        assert of_teacher.cross_entropy is not None
-        return {
-            "teacher": of_teacher.cross_entropy,
-            "student": of_student.cross_entropy,
-            "kl": of_student.forward_kl,
-        }
+        columns = shared_columns(model, teacher.model)
+        of_teacher, _ = _losses(model, target, target, batch, columns)
+        of_student, kl = _losses(model, TeacherHidden(hidden, model.head), target, batch, columns)
+        return {"teacher": of_teacher, "student": of_student, "kl": kl}
 
     names = ("teacher", "student", "kl")
     means = evaluate(student, [batch], losses, names, prepare=teacher.run)
@@ -137,7 +118,68 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
         f"KL between them {means['kl']:.4f}"
     )
     if not teacher.config.allow_untrained:
-        check_trained(means["teacher"], teacher.model.arch, "--teacher.allow_untrained")
+        check_trained(means["teacher"], teacher.model.arch, ALLOW_UNTRAINED)
+
+
+def check_stored_start(
+    objective: Distillation, student: Sequence[LlamaModel], batch: Batch
+) -> None:
+    """Log the student's losses on a first micro-batch; its teacher passed `check_teacher`.
+
+    Args:
+        objective: reads a store.
+        student: this rank's chunks.
+        batch: this rank's first micro-batch of training data.
+    """
+    losses, names = objective.validation, objective.validation_losses
+    means = evaluate(student, [batch], losses, names, prepare=objective.prepare)
+    if means["tokens"]:
+        log(
+            "before the first step, in nats a token: "
+            f"student's loss {means['val_loss']:.4f}, KL from the stored teacher "
+            f"{means['val_kl']:.4f}"
+        )
+
+
+def check_teacher(teacher: LlamaModel, batch: Batch, *, allow_untrained: bool) -> None:
+    """Log a teacher's loss on a first micro-batch, and refuse one no better than chance.
+
+    Args:
+        teacher: this rank's part.
+        batch: of the data that it is to run over.
+        allow_untrained: do not refuse it.
+
+    Raises:
+        MinitronError: the teacher predicts the data no better than chance.
+    """
+
+    def loss(model: LlamaModel, hidden: Tensor, batch: Batch, _: int) -> dict[str, Tensor]:
+        target = TeacherHidden(hidden, model.head)
+        return {"loss": _losses(model, target, target, batch, model.valid_columns)[0]}
+
+    means = evaluate([teacher], [batch], loss, ("loss",))
+    if not means["tokens"]:
+        return
+    log(f"before the first sample: teacher's loss {means['loss']:.4f} nats a token")
+    if not allow_untrained:
+        check_trained(means["loss"], teacher.arch, ALLOW_UNTRAINED)
+
+
+def _losses(
+    model: LlamaModel, output: TeacherHidden, target: TeacherHidden, batch: Batch, columns: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of an output with the data, and KL from a target to it, both [s, b]."""
+    found = linear_kl(
+        *output,
+        target,
+        token_weights=batch.loss_mask.t(),
+        valid_columns=columns,
+        labels=batch.labels.t(),
+        sequence_parallel=model.config.sequence_parallel,
+        tp_group=model.topology.groups.tp,
+    )
+    assert found.cross_entropy is not None
+    return found.cross_entropy, found.forward_kl
 
 
 def check_trained(loss: float, teacher: Architecture, flag: str) -> None:

@@ -11,7 +11,13 @@ from typing import Any, Protocol
 
 from minitron.data.batches import EvalBatches, TrainBatches
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
-from minitron.distill.gates import check_start, check_weights, shared_tokenizer, shared_vocab_size
+from minitron.distill.gates import (
+    check_start,
+    check_stored_start,
+    check_weights,
+    shared_tokenizer,
+    shared_vocab_size,
+)
 from minitron.distill.intermediate import IntermediateDistillation
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.offline.objective import StoredDistillation
@@ -34,7 +40,7 @@ class TeacherSide(Protocol):
     vocab_size: int
     """Tokens that both models know."""
     largest_vocab: int
-    """Rows of the longer of both models' tables."""
+    """Rows of the longest table that is loaded."""
 
     def objective(
         self,
@@ -106,13 +112,18 @@ class _Store:
         self._distill = distill
         self._store = LogitStore(path)
         self.tokenizer = find_tokenizer(student_path)
-        self.vocab_size = self.largest_vocab = student.vocab_size
         self._store.check(
             tokenizer=self.tokenizer.fingerprint if self.tokenizer else None,
-            vocab_size=student.vocab_size,
             seq_length=seq_length,
             temperature=distill.temperature,
         )
+        info = self._store.info
+        self.vocab_size = shared_vocab_size(
+            info.vocab_size,
+            student.vocab_size,
+            self.tokenizer.vocab_size if self.tokenizer else info.tokenizer_vocab_size,
+        )
+        self.largest_vocab = student.vocab_size
 
     def objective(
         self,
@@ -124,8 +135,14 @@ class _Store:
         **options: Any,
     ) -> Objective:
         on_rank_zero(lambda: self._store.check_holds(batches, validation, num_samples=num_samples))
-        teacher = StoredTeacher(self._store, is_last_stage=student[0].topology.is_last_stage)
-        return StoredDistillation(teacher, self._distill)
+        teacher = StoredTeacher(
+            self._store,
+            vocab_size=self.vocab_size,
+            is_last_stage=student[0].topology.is_last_stage,
+        )
+        objective = StoredDistillation(teacher, self._distill)
+        check_stored_start(objective, student, next(batches.microbatches(0)))
+        return objective
 
 
 class _Model:
@@ -142,7 +159,11 @@ class _Model:
         self._config, self._distill, self._seed = config, distill, seed
         self._arch, self._weights = open_model(config.source)
         self.tokenizer = shared_tokenizer(config.source, student_path)
-        self.vocab_size = shared_vocab_size(self._arch, student, self.tokenizer)
+        self.vocab_size = shared_vocab_size(
+            self._arch.vocab_size,
+            student.vocab_size,
+            self.tokenizer.vocab_size if self.tokenizer else None,
+        )
         self.largest_vocab = max(self._arch.vocab_size, student.vocab_size)
         self._topology = config.topology(topology, self._arch.num_layers)
         check_parallel(self._arch, self._topology.config)

@@ -84,8 +84,12 @@ class LlamaModel(GPTModel):
     @property
     def valid_columns(self) -> int:
         """Columns of this rank's logits that stand for a token; the rest pad the vocabulary."""
+        return self.columns_of(self.arch.vocab_size)
+
+    def columns_of(self, vocab_size: int) -> int:
+        """Columns of this rank's logits that stand for one of the first `vocab_size` tokens."""
         width = self.vocab_size // self.topology.tp_size
-        return min(max(self.arch.vocab_size - self.topology.tp_rank * width, 0), width)
+        return min(max(vocab_size - self.topology.tp_rank * width, 0), width)
 
 
 def check_parallel(arch: Architecture, config: ParallelConfig) -> None:

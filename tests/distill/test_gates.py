@@ -2,9 +2,9 @@
 
 import contextlib
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +35,6 @@ from tests.runs import (
 )
 from tests.tiny import random_llama, save_llama, tiny_config
 
-TOKENIZER = SimpleNamespace(vocab_size=70, path="t.model")
 CONFIG = TrainConfig(
     steps=1, lr=0.0, clip_grad=0.0, global_batch_size=4, micro_batch_size=2, checkpoint_interval=0
 )
@@ -73,30 +72,25 @@ def run(models, tmp_path):
 # Vocabularies
 
 
-def _arch(vocab_size):
-    return hf.architecture_from_config(tiny_config(vocab_size=vocab_size).to_dict())
-
-
 def test_equal_vocabularies_need_no_tokenizer():
-    assert gates.shared_vocab_size(_arch(61), _arch(61), None) == 61
+    assert gates.shared_vocab_size(61, 61, None) == 61
 
 
 def test_padding_beyond_the_tokenizer_is_not_compared():
-    tokenizer, size = TOKENIZER, TOKENIZER.vocab_size
-    assert gates.shared_vocab_size(_arch(size + 3), _arch(size + 90), tokenizer) == size + 3
-    assert gates.shared_vocab_size(_arch(size + 90), _arch(size), tokenizer) == size
+    assert gates.shared_vocab_size(73, 160, 70) == 73
+    assert gates.shared_vocab_size(160, 70, 70) == 70
 
 
 def test_other_vocabularies_are_refused():
     with pytest.raises(MinitronError) as caught:
-        gates.shared_vocab_size(_arch(61), _arch(99), None)
+        gates.shared_vocab_size(61, 99, None)
     assert str(caught.value) == (
         "the teacher's vocabulary has 61 tokens, the student's 99, and neither brings a tokenizer "
         "that could tell which rows are padding; distillation compares token by token: give a "
         "student pruned from this teacher"
     )
-    with pytest.raises(MinitronError, match=r"student's 69, and the tokenizer t\.model has 70;"):
-        gates.shared_vocab_size(_arch(70), _arch(69), TOKENIZER)
+    with pytest.raises(MinitronError, match=r"student's 69, and the tokenizer has 70; dist"):
+        gates.shared_vocab_size(70, 69, 70)
 
 
 # Weights
@@ -182,6 +176,37 @@ def test_a_teacher_that_knows_nothing_is_refused(run, topology):
         )
     for said in run_on(topology, _check_start, untrained, True):
         assert len(said) == 1
+
+
+def _check_teacher(parallel, run, allow_untrained):
+    topology = initialize(parallel)
+    teacher = build_model(run.teacher.path, topology)
+    batch = next(open_batches(run).microbatches(0))
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates, "log", said.append)
+        try:
+            gates.check_teacher(teacher, batch, allow_untrained=allow_untrained)
+        except MinitronError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("topology", ["tp2+sp", "pp2"])
+def test_a_teacher_is_judged_before_its_outputs_are_stored(models, run, topology):
+    batch = next(open_batches(run).microbatches(0))
+    teacher = LlamaForCausalLM.from_pretrained(run.teacher.path, dtype=torch.float32)
+    loss = reference.masked_mean(reference.language_modeling_loss(teacher, batch), batch)
+    expected = f"before the first sample: teacher's loss {loss.item():.4f} nats a token"
+    assert run_on(topology, _check_teacher, run, False) == [[expected]] * 2
+    untrained = replace(run, teacher=TeacherConfig(path=run.model))
+    for _, refusal in run_on(topology, _check_teacher, untrained, False):
+        assert re.fullmatch(
+            r"the teacher predicts the data no better than chance: .*, or add "
+            r"--teacher\.allow_untrained",
+            refusal,
+        )
+    assert all(len(said) == 1 for said in run_on(topology, _check_teacher, untrained, True))
 
 
 # Tables of different length

@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 
 
 DATA = ("--data.path", "train", "--data.valid_path", "valid", "--data.seq_length", SEQ_LENGTH)
-CACHE = ("--teacher", "teacher", *DATA)
+CACHE = ("--teacher", "teacher", "--teacher.allow_untrained", *DATA)  # its weights are random
 TRAIN = (
     *("--student", "student", *DATA, "--train.steps", 4, "--train.global_batch_size", 4),
     *("--train.lr", 1e-3, "--train.valid_interval", 2, "--train.checkpoint_interval", 0),
@@ -51,12 +51,13 @@ def test_a_student_learns_from_the_store_what_it_learns_from_the_teacher(root, f
     assert manifest["parents"]["teacher"]["fingerprint"] == artifact.fingerprint(root / "teacher")
     assert manifest["files"].keys() == {"recipe.yaml", "samples.npy", "store.json"}
 
-    teacher = ("--teacher", "teacher", "--teacher.allow_untrained")  # its weights are random
+    teacher = ("--teacher", "teacher", "--teacher.allow_untrained")
     online = forked("distill", *teacher, *TRAIN, "--out", "online", cwd=root)
     assert online.status == 0, online.err
     micro = ("--train.micro_batch_size", 2)
     offline = ("--teacher.logits", "logits", *TRAIN, *micro, *PP2, "--out", "offline")
-    launch("distill", *offline, cwd=root, ranks=2)
+    said = launch("distill", *offline, cwd=root, ranks=2).err
+    assert "before the first step, in nats a token: student's loss " in said
     pairs = list(zip(records(root / "online"), records(root / "offline"), strict=True))
     assert len(pairs) == 4 + 3
     for expected, found in pairs:
@@ -65,6 +66,15 @@ def test_a_student_learns_from_the_store_what_it_learns_from_the_teacher(root, f
             assert found[key] == pytest.approx(expected[key], rel=1e-5), key
     parents = artifact.read_manifest(root / "offline")["parents"]
     assert parents["teacher"]["fingerprint"] == artifact.fingerprint(root / "logits")
+
+
+def test_a_teacher_that_knows_nothing_is_not_stored(root, forked):
+    arguments = ("--teacher", "teacher", *DATA, "--cache.draws", 5, "--out", "unwritten")
+    result = forked("cache_logits", *arguments, cwd=root)
+    assert result.status == 2, result
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert "no better than chance: its loss is " in line
+    assert not (root / "unwritten").exists()
 
 
 def test_a_killed_run_goes_on_where_it_was(root, forked):
@@ -95,7 +105,10 @@ def test_a_killed_run_goes_on_where_it_was(root, forked):
     [
         (("--data.seq_length", 8), "samples of 16 tokens, but data.seq_length=8; use 16"),
         (("--distill.temperature", 2), "cache.temperature=1.0, but distill.temperature=2.0; use"),
-        (("--student", "small"), "a teacher with 301 tokens, the student has 61; give a student"),
+        (
+            ("--student", "small"),
+            "teacher's vocabulary has 301 tokens, the student's 61, and neither",
+        ),
         (("--data.path", "valid2"), "holds nothing of the token stream "),
         (("--teacher.logits", "student"), "student is no store of teacher logits "),
         (("--teacher.path", "teacher"), "give either --teacher.path or --teacher.logits; both"),

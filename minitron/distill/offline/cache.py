@@ -26,6 +26,7 @@ from torch import Tensor
 from minitron import artifact
 from minitron.data.batches import Batch, DataConfig, collate, open_train, open_windows
 from minitron.data.sampling import Sample, TokenWindows
+from minitron.data.tokenizer import Tokenizer
 from minitron.distill.offline.block import MAX_ID, FloatType, encode_draws, encode_top_k
 from minitron.distill.offline.files import (
     SAMPLES,
@@ -120,6 +121,11 @@ class SampleSet:
         return self.streams[stream][number]
 
 
+def first_batch(samples: SampleSet, size: int) -> Batch:
+    """The first samples as one micro-batch."""
+    return next(_grouped(samples, samples.keys[:size], size, 1))[0]
+
+
 def choose_samples(data: DataConfig, *, max_samples: int | None, seed: int) -> SampleSet:
     """The training and validation samples of prepared data.
 
@@ -159,7 +165,7 @@ def describe(
     config: CacheConfig,
     *,
     teacher: Path,
-    tokenizer: str | None,
+    tokenizer: Tokenizer | None,
     vocab_size: int,
     precision: str,
     seed: int,
@@ -169,8 +175,9 @@ def describe(
     stored = np.bincount(split_key(samples.keys)[0], minlength=len(samples.streams))
     return StoreInfo(
         teacher=artifact.fingerprint(teacher),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
         vocab_size=vocab_size,
+        tokenizer_vocab_size=tokenizer.vocab_size if tokenizer else None,
         seq_length=seq_length,
         top_k=config.top_k,
         draws=config.draws,

@@ -31,7 +31,7 @@ from minitron.distill.offline.block import FloatType
 from minitron.errors import MinitronError
 
 STORE, SAMPLES, SHARDS = "store.json", "samples.npy", "shards"
-_VERSION = 1
+_VERSION = 2
 _STREAM_BITS = 40
 
 MAGIC = b"MTLOGIT1"
@@ -66,6 +66,9 @@ class StoreInfo:
     tokenizer: str | None
     """Fingerprint of its tokenizer."""
     vocab_size: int
+    """Rows of the teacher's table."""
+    tokenizer_vocab_size: int | None
+    """Tokens of its tokenizer; rows beyond them are padding."""
     seq_length: int
     top_k: int | None
     """Successors of each token, the most probable ones; None for draws."""

@@ -60,10 +60,8 @@ class LogitStore:
         """True where probability is left for successors that are not stored, as one bin."""
         return self.info.top_k is not None and self.info.top_k < self.info.vocab_size
 
-    def check(
-        self, *, tokenizer: str | None, vocab_size: int, seq_length: int, temperature: float
-    ) -> None:
-        """Refuse to teach a student of other tokens, or from samples of another length.
+    def check(self, *, tokenizer: str | None, seq_length: int, temperature: float) -> None:
+        """Refuse to teach a student of another tokenizer, or from samples of another length.
 
         Raises:
             MinitronError: with both values.
@@ -73,11 +71,6 @@ class LogitStore:
             raise MinitronError(
                 f"{self.path} was written with tokenizer {info.tokenizer}, the student's is "
                 f"{tokenizer}; give a student with the teacher's tokenizer"
-            )
-        if vocab_size != info.vocab_size:
-            raise MinitronError(
-                f"{self.path} is of a teacher with {info.vocab_size} tokens, the student has "
-                f"{vocab_size}; give a student pruned from that teacher"
             )
         if seq_length != info.seq_length:
             raise MinitronError(

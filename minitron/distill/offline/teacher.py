@@ -30,11 +30,13 @@ class StoredTeacher:
 
     Args:
         store: holds every sample that will be asked for.
+        vocab_size: tokens that the student knows too.
         is_last_stage: whether this rank computes the loss; the others read nothing.
     """
 
-    def __init__(self, store: LogitStore, *, is_last_stage: bool) -> None:
+    def __init__(self, store: LogitStore, *, vocab_size: int, is_last_stage: bool) -> None:
         self.store = store
+        self.vocab_size = vocab_size
         self._is_last_stage = is_last_stage
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="targets")
         self._microbatches: Sequence[Batch] = ()
@@ -83,5 +85,10 @@ class StoredTeacher:
             ids[:, column, : row.ids.shape[1]] = row.ids
             log_probs[:, column, : row.ids.shape[1]] = row.log_probs
             excess[:, column] = row.entropy_excess
+        beyond = ids >= self.vocab_size
+        if beyond.any():  # padding of the teacher's table, to which it gave some probability
+            lost = np.where(beyond, np.exp(log_probs), 0).sum(2, keepdims=True)
+            log_probs -= np.log1p(-lost.clip(max=1 - 1e-6))
+            ids[beyond], log_probs[beyond] = -1, -np.inf
         known = KnownTokens(torch.from_numpy(ids), torch.from_numpy(log_probs))
         return known, torch.from_numpy(excess)

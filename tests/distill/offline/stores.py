@@ -13,9 +13,10 @@ from minitron.distill.offline.cache import (
     open_store,
     write_missing_shards,
 )
+from minitron.model.hf import read_architecture
 from minitron.model.llama import freeze
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero
-from tests.runs import VOCAB, build_model
+from tests.runs import build_model
 
 
 def write_store(
@@ -35,7 +36,7 @@ def write_store(
         cache,
         teacher=teacher,
         tokenizer=None,
-        vocab_size=VOCAB,
+        vocab_size=read_architecture(teacher).vocab_size,
         precision="fp32",
         seed=seed,
     )

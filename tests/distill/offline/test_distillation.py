@@ -77,7 +77,9 @@ def _distill(parallel, run, store, config):
         **ranks,
     )
     student = build_model(run.model, topology)
-    teacher = StoredTeacher(LogitStore(store), is_last_stage=topology.is_last_stage)
+    teacher = StoredTeacher(
+        LogitStore(store), vocab_size=VOCAB, is_last_stage=topology.is_last_stage
+    )
     objective = StoredDistillation(teacher, config)
     batches = open_batches(run, rank=topology.dp_rank, size=topology.dp_size)
     trainer = Trainer([student], objective, batches, validation, run.train, run.out)
@@ -86,11 +88,11 @@ def _distill(parallel, run, store, config):
     save_gradients([student], run.out / "gradients")
 
 
-def _run(world, out, topology, store, train=CONFIG, **distill):
+def _run(world, out, topology, store, train=CONFIG, student="student", **distill):
     """Validation before the step, the step, and the student's gradients."""
     root, _, _ = world
     run = Run(
-        model=root / "student", tokens=root / "tokens", valid=root / "valid", out=out, train=train
+        model=root / student, tokens=root / "tokens", valid=root / "valid", out=out, train=train
     )
     config = DistillConfig(temperature=TEMPERATURE, **distill)
     run_on(topology, _distill, run, root / store, config)
@@ -161,16 +163,48 @@ def test_the_data_teaches_beside_the_store(world, tmp_path, topology):
     kl = reference.masked_mean(losses, batch)
     ce = reference.masked_mean(reference.language_modeling_loss(student, batch), batch)
     expected = TEMPERATURE**2 * kl + 0.3 * ce
-    for name, value in {"loss": expected, "kl": kl, "ce": ce}.items():
+    with torch.no_grad():
+        first, second = (model(batch.tokens).logits.argmax(-1) for model in (student, teacher))
+    agreement = reference.masked_mean((first == second).double(), batch)
+    means = {"loss": expected, "kl": kl, "ce": ce, "top1_agreement": agreement}
+    for name, value in means.items():
         assert trained[name] == pytest.approx(value.item(), rel=1e-5), name
     student.zero_grad()
     expected.backward()
     _check_gradients(student, gradients)
 
 
+@pytest.mark.parametrize("topology", ["tp1", "tp2"])
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+def test_the_longer_table_is_padding(world, tmp_path, topology, longer):
+    root, student, teacher = world
+    paths = {"store": "full", "student": "student"}
+    padded = save_llama(root / "padded", seed=2, vocab_size=VOCAB + 40)
+    if longer == "student":
+        student, paths["student"] = padded, "padded"
+    else:
+        teacher, paths["store"] = padded, "padded_full"
+        cache = replace(STORES["full"], top_k=VOCAB + 40)
+        data = DataConfig(path=[str(root / "tokens")], seq_length=SEQ_LENGTH)
+        data = replace(data, valid_path=[str(root / "valid")])
+        run_on("tp1", write_store, root / "padded", data, cache, root / "padded_full", 99)
+    run, _, trained, gradients = _run(world, tmp_path, topology, **paths)
+
+    batch = reference.global_batch(run, 0)
+    for model in (student, teacher):  # transformers' own way to a shorter table
+        hook = lambda module, args, logits: logits[..., :VOCAB]  # noqa: E731
+        model.lm_head.register_forward_hook(hook)
+    losses = reference.distillation_loss(student, teacher, batch, TEMPERATURE)
+    loss = reference.masked_mean(losses, batch)
+    assert trained["kl"] == pytest.approx(loss.item(), rel=1e-5)
+    student.zero_grad()
+    loss.backward()
+    _check_gradients(student, gradients)
+
+
 def test_a_loss_that_needs_whole_distributions_is_refused(world):
     root, _, _ = world
-    teacher = StoredTeacher(LogitStore(root / "draws"), is_last_stage=True)
+    teacher = StoredTeacher(LogitStore(root / "draws"), vocab_size=VOCAB, is_last_stage=True)
     message = (
         r"distill\.loss=jsd needs the teacher's whole distributions, .* instead of teacher\.log"
     )
