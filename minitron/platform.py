@@ -120,6 +120,11 @@ class HostCopy:
         return tensor
 
 
+def fetched(content: torch.Tensor | HostCopy) -> torch.Tensor:
+    """A tensor on the device, wherever it waited."""
+    return content.fetch() if isinstance(content, HostCopy) else content
+
+
 @functools.cache
 def _copy_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()

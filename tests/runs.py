@@ -170,7 +170,7 @@ def build_objective(run: Run, student: Sequence[LlamaModel]) -> Objective:
     return IntermediateDistillation(
         objective,
         student,
-        teacher.model,
+        teacher,
         run.intermediate,
         lm_weight=run.distill.lm_weight,
         seed=SEED,

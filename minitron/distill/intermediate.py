@@ -38,12 +38,14 @@ from minitron.distill.relations import relation_loss
 from minitron.distill.states import (
     See,
     Site,
+    State,
     StateName,
     TeacherStates,
     find_stages,
     heads_per_rank,
     watch,
 )
+from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
@@ -198,7 +200,7 @@ class IntermediateDistillation:
     Args:
         logits: the objective on the last stage.
         student: this rank's chunks, of plain layers; made before their optimizer.
-        teacher: this rank's part, of plain layers.
+        teacher: of plain layers; its window counts the states too.
         config: what is compared.
         lm_weight: what the cross-entropy counts in the loss of `logits`; α is of the rest.
         seed: of the map between the widths.
@@ -211,7 +213,7 @@ class IntermediateDistillation:
         self,
         logits: Objective,
         student: Sequence[LlamaModel],
-        teacher: LlamaModel,
+        teacher: Teacher,
         config: IntermediateConfig,
         *,
         lm_weight: float = 0.0,
@@ -223,8 +225,8 @@ class IntermediateDistillation:
         first = self._student = student[0]  # what is asked of it is the same of all chunks
         self._config = config
         self._lm_weight = lm_weight
-        self._pairs = config.pairs(first.arch, teacher.arch)
-        widths = teacher.arch.hidden_size, first.arch.hidden_size
+        self._pairs = config.pairs(first.arch, teacher.model.arch)
+        widths = teacher.model.arch.hidden_size, first.arch.hidden_size
         needs_map = widths[0] != widths[1] and not all(p.student.is_relation for p in self._pairs)
         self._companion = Companion(
             first,
@@ -237,12 +239,14 @@ class IntermediateDistillation:
             for i, pair in enumerate(self._pairs)
         ]
         self._teacher_states = TeacherStates(
-            teacher,
+            teacher.model,
             [pair.teacher for pair in self._pairs],
             find_stages(present, first.topology.groups.pp),
+            offload=teacher.config.offload_states,
         )
+        teacher.share_window(self._teacher_states)
         # For every pair, what each coming micro-batch is compared with, and its mask [s, b].
-        self._expected: list[deque[tuple[Tensor, Tensor]]] = [deque() for _ in self._pairs]
+        self._expected: list[deque[tuple[State, Tensor]]] = [deque() for _ in self._pairs]
         # This rank's sums over tokens: of every pair's loss, the logits' loss and 1.
         self._sums = torch.zeros(
             len(self._pairs) + 2, dtype=torch.float64, device=platform.device()
@@ -319,7 +323,7 @@ class IntermediateDistillation:
             # second one has the gradients. Each layer meets its micro-batches in order in both.
             if not torch.is_grad_enabled():
                 return None
-            target, mask = self._expected[index].popleft()
+            target, mask = self._take(index)
             if site.is_relation:
                 losses = relation_loss(state, target, heads, groups) / topology.tp_size
             else:
@@ -332,6 +336,14 @@ class IntermediateDistillation:
             return scale(self._companion.alpha[0] * value)
 
         return observe
+
+    def _take(self, index: int) -> tuple[Tensor, Tensor]:
+        """What the next micro-batch is compared with, and its mask."""
+        expected = self._expected[index]
+        target, mask = expected.popleft()
+        if expected and isinstance(expected[0][0], platform.HostCopy):
+            expected[0][0].begin()  # it comes while the student computes
+        return platform.fetched(target), mask
 
     def _state_loss(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """Per-token loss [s, b] of two states [s, b, h]."""

@@ -17,6 +17,8 @@ Source: arXiv:2407.14679 §3.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,6 +35,9 @@ StateName = Literal["embedding", "block_output", "mlp_input", "attention_relatio
 
 See = Callable[[Tensor], "Tensor | None"]
 """Called with a state; what it returns, a loss, is attached to the model's backward pass."""
+
+State = Tensor | platform.HostCopy
+"""On the device, or waiting in host memory."""
 
 
 @dataclass(frozen=True)
@@ -131,67 +136,101 @@ class TeacherStates:
         teacher: this rank's part, frozen, of plain layers.
         sites: of the teacher; the same on every rank.
         destinations: the pipeline stage that wants each of them.
+        offload: keep them in host memory.
     """
 
     def __init__(
-        self, teacher: LlamaModel, sites: Sequence[Site], destinations: Sequence[int]
+        self,
+        teacher: LlamaModel,
+        sites: Sequence[Site],
+        destinations: Sequence[int],
+        *,
+        offload: bool = False,
     ) -> None:
         self._teacher = teacher
         self._sites = sites
         self._destinations = destinations
+        self._offload = offload
         self._is_recording = False
-        self._states: list[list[Tensor]] = [[] for _ in sites]
+        self._states: list[deque[State]] = [deque() for _ in sites]
         present = [watch(teacher, site, self._recorder(i)) for i, site in enumerate(sites)]
         self._sources = find_stages(present, teacher.topology.groups.pp)
 
     def _recorder(self, index: int) -> See:
         def record(state: Tensor) -> None:
             if self._is_recording:
-                self._states[index].append(state)
+                self._states[index].append(self._put(state))
 
         return record
+
+    def _put(self, state: Tensor) -> State:
+        return platform.HostCopy(state) if self._offload else state
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the states of the micro-batches that go through the teacher meanwhile."""
-        self._states = [[] for _ in self._sites]
+        self._states = [deque() for _ in self._sites]
         self._is_recording = True
         try:
             yield
         finally:
             self._is_recording = False
 
-    def deliver(self, microbatches: Sequence[Batch]) -> list[list[Tensor]]:
+    def deliver(self, microbatches: Sequence[Batch]) -> list[list[State]]:
         """The states of each site, by micro-batch, on the stage that wants them; collective.
 
-        Elsewhere a site's list is empty. States of another stage are sent at once, point to point.
+        Elsewhere a site's list is empty. States of another stage are sent now, point to point.
         """
+        delivered: list[list[State]] = [[] for _ in self._sites]
+        for batch in microbatches:
+            for into, state in zip(delivered, self._exchange(batch), strict=True):
+                if state is not None:
+                    into.append(state)
+        return delivered
+
+    def _exchange(self, batch: Batch) -> list[State | None]:
+        """What this stage wants of the next micro-batch, by site."""
         topology = self._teacher.topology
         group, stage = topology.groups.pp, topology.pp_rank
         operations = []
-        delivered: list[list[Tensor]] = [[] for _ in self._sites]
+        wanted: list[State | None] = [None] * len(self._sites)
+        arriving: dict[int, Tensor] = {}
         for i, (source, destination) in enumerate(
             zip(self._sources, self._destinations, strict=True)
         ):
             if source == destination == stage:
-                delivered[i] = self._states[i]
+                wanted[i] = self._states[i].popleft()
             elif source == stage:
                 peer = dist.get_global_rank(group, destination)
-                operations += [
-                    dist.P2POp(dist.isend, state.contiguous(), peer, group)
-                    for state in self._states[i]
-                ]
+                state = platform.fetched(self._states[i].popleft()).contiguous()
+                operations.append(dist.P2POp(dist.isend, state, peer, group))
             elif destination == stage:
                 peer = dist.get_global_rank(group, source)
-                delivered[i] = [self._empty(self._sites[i], batch) for batch in microbatches]
-                operations += [dist.P2POp(dist.irecv, x, peer, group) for x in delivered[i]]
+                arriving[i] = torch.empty(
+                    self._shape(self._sites[i], batch),
+                    dtype=self._teacher.config.params_dtype,
+                    device=platform.device(),
+                )
+                operations.append(dist.P2POp(dist.irecv, arriving[i], peer, group))
         if operations:
             for request in dist.batch_isend_irecv(operations):
                 request.wait()
-        self._states = []
-        return delivered
+        for i, state in arriving.items():
+            wanted[i] = self._put(state)
+        return wanted
 
-    def _empty(self, site: Site, batch: Batch) -> Tensor:
+    def bytes_by_stage(self, batch: Batch) -> list[int]:
+        """What a micro-batch's states take on a rank of every stage, where they arise and where
+        they are wanted; the same on all ranks."""
+        sizes = [0] * self._teacher.topology.pp_size
+        itemsize = self._teacher.config.params_dtype.itemsize
+        for site, *stages in zip(self._sites, self._sources, self._destinations, strict=True):
+            for stage in set(stages):
+                sizes[stage] += math.prod(self._shape(site, batch)) * itemsize
+        return sizes
+
+    def _shape(self, site: Site, batch: Batch) -> tuple[int, int, int]:
+        """[s, b, h] of a state on this rank."""
         teacher = self._teacher
         b, s = batch.tokens.shape
         width = teacher.arch.hidden_size
@@ -200,5 +239,4 @@ class TeacherStates:
             width = (heads + 2 * groups) * teacher.arch.kv_channels
         elif teacher.config.sequence_parallel:
             s //= teacher.topology.tp_size
-        dtype = teacher.config.params_dtype
-        return torch.empty(s, b, width, dtype=dtype, device=platform.device())
+        return s, b, width

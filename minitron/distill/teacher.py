@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minitron import platform
 from minitron.data.batches import Batch
+from minitron.distill.states import TeacherStates
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel, freeze
 from minitron.model.schedule import run_schedule
@@ -45,12 +46,12 @@ class TeacherConfig:
     """Instead of the model: a store of its outputs, the `out` of launch/cache_logits.py."""
     window: int | None = None
     """Micro-batches whose teacher states exist at a time, `window · s · b · h_teacher` floats on
-    each rank of the last stage; null takes as many as fit in 1 GiB (states of intermediate losses
-    not counted), and at least four for each pipeline stage, or all of a step if they are offloaded.
-    The result is the same for all."""
+    each rank of the last stage; null takes as many as fit in 1 GiB, with the states of intermediate
+    losses on the rank that has most, and at least four for each pipeline stage, or all of a step if
+    they are offloaded. The result is the same for all."""
     offload_states: bool = False
-    """Keep the final states in host memory until the student's loss asks for them. Those of
-    intermediate losses stay on the device: with both, say how long the window is."""
+    """Keep the states, those of intermediate losses too, in host memory until the student's loss
+    asks for them."""
     placement: Literal["resident", "offload"] = "resident"
     """Where the teacher's weights are while the student trains: on the device, or in host memory,
     from which every window fetches them. The output head stays on the last stage's device."""
@@ -113,10 +114,15 @@ class Teacher:
         self.model = freeze(model)
         self.config = config
         self._states: dict[int, Tensor | platform.HostCopy] = {}
+        self._others: TeacherStates | None = None
         self._weights = None
         if config.placement == "offload":
             head = model.head if model.post_process else None  # the loss needs it
             self._weights = OffloadedWeights(p for p in model.parameters() if p is not head)
+
+    def share_window(self, states: TeacherStates) -> None:
+        """Count other states of the micro-batches at hand in the `window`."""
+        self._others = states
 
     def window(self, microbatches: Sequence[Batch]) -> int:
         """Micro-batches of a step to `run` at a time."""
@@ -124,12 +130,15 @@ class Teacher:
             return self.config.window
         if self.config.offload_states:
             return len(microbatches)
-        model = self.model.config
-        size = microbatches[0].tokens.numel() * model.hidden_size * model.params_dtype.itemsize
+        batch, model = microbatches[0], self.model.config
+        num_stages = model.pipeline_model_parallel_size
+        sizes = [0] * num_stages if self._others is None else self._others.bytes_by_stage(batch)
+        size = batch.tokens.numel() * model.hidden_size * model.params_dtype.itemsize
         if model.sequence_parallel:
             size //= model.tensor_model_parallel_size
+        sizes[-1] += size
         # A drained pipeline idles for p - 1 micro-batches: shorter windows would be half idle.
-        return max(STATES_BYTES // size, 4 * model.pipeline_model_parallel_size)
+        return max(STATES_BYTES // max(sizes), 4 * num_stages)
 
     def run(self, microbatches: Sequence[Batch]) -> None:
         """Forward a window's micro-batches; on the last stage their hidden states are kept."""
@@ -148,7 +157,7 @@ class Teacher:
         following = self._states.get(index + 1)
         if isinstance(following, platform.HostCopy):
             following.begin()  # it comes while the student computes
-        return state.fetch() if isinstance(state, platform.HostCopy) else state
+        return platform.fetched(state)
 
 
 class OffloadedWeights:

@@ -189,7 +189,7 @@ class _Model:
         return IntermediateDistillation(
             objective,
             student,
-            model,
+            teacher,
             self._distill.intermediate,
             lm_weight=self._distill.lm_weight,
             seed=self._seed,

@@ -3,12 +3,14 @@
 import contextlib
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from unittest import mock
 
 import pytest
 import torch
 
+from minitron import platform
+from minitron.data.batches import Batch
 from minitron.distill import intermediate, states
 from minitron.distill.intermediate import IntermediateConfig
 from minitron.distill.relations import relation_loss
@@ -202,6 +204,50 @@ def test_windows_change_nothing(run):
     maps = run_on("pp2", _gradients, replace(run, teacher=teacher))
     errors = gradient_errors(run, maps)
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("topology", ["tp1", "pp2", "tp2+sp pp2"])
+def test_states_in_host_memory_change_nothing(run, topology):
+    offloaded = replace(run, teacher=replace(run.teacher, offload_states=True))
+    maps = run_on(topology, _with_distant_host, offloaded)
+    errors = gradient_errors(offloaded, maps)
+    assert max(errors.values()) < 1e-5, errors
+
+
+def _with_distant_host(parallel, run):
+    """Where host and device are two, what waits there is another tensor."""
+
+    class FarHost(platform.HostCopy):
+        def __init__(self, tensor):
+            super().__init__(tensor.clone())
+
+        def fetch(self):
+            return self._host.clone()
+
+    with mock.patch.object(platform, "HostCopy", FarHost):
+        return _gradients(parallel, run)
+
+
+def _window(parallel, run, seq_length):
+    topology = initialize(parallel)
+    objective = build_objective(run, build_chunks_of(run.model, topology))
+    tokens = torch.zeros(1).expand(2, seq_length)  # without the memory
+    return objective.window([Batch(*(tokens for _ in fields(Batch)))])
+
+
+@pytest.mark.parametrize(
+    ("topology", "states", "floats"),
+    [
+        # final states, embedding, three outputs, three inputs, and q, k, v of 8, 2 and 2 heads
+        ("tp1", ALL_STATES, 48 * (1 + 1 + 3 + 3) + 3 * 12 * 6),
+        ("tp2+sp", ALL_STATES, 48 * (1 + 1 + 3 + 3) / 2 + 3 * 12 * 6 / 2),
+        ("pp2", ["embedding"], 48),  # beside the final states on another stage
+    ],
+)
+def test_the_default_window_counts_all_states(run, topology, states, floats):
+    run = replace(run, intermediate=replace(run.intermediate, states=states))
+    expected = int(2**30 // (2 * 2**17 * floats * 4))
+    assert set(run_on(topology, _window, run, 2**17)) == {expected}
 
 
 # Many steps
