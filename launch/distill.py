@@ -20,7 +20,7 @@ from minitron.stage import run
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
-from minitron.train.run import finish_run, open_batches, open_run
+from minitron.train.run import fingerprints, finish_run, open_batches, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ class Recipe:
     """Continue the run in `out` from its newest checkpoint; starts anew if there is none."""
     allow_change: bool = False
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
-    learning rate than the run had; ranks may always be others."""
+    learning rate than the run had, or with other content of the student's or the data's path; ranks
+    and what the teacher has learnt may always be others."""
     until_step: int | None = None
     """Stop after this step with the model so far in `out`, for `resume` to go on; the learning rate
     is still that of a run to train.steps. null goes to the last step."""
@@ -114,13 +115,13 @@ def main(recipe: Recipe) -> None:
     num_samples = recipe.train.steps * recipe.train.global_batch_size
     objective = side.objective(student, batches, validation, num_samples=num_samples, **options)
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=side.tokenizer)
-    open_run(recipe)
+    models = {"teacher": teacher_path, "student": student_path}
+    open_run(recipe, fingerprints(models, batches, validation))
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     if recipe.resume:
         trainer.resume()
     metrics = trainer.run(recipe.until_step)
-    parents = {"teacher": teacher_path, "student": student_path}
-    finish_run(recipe, student, stage="distill", parents=parents, metrics=metrics, files=files)
+    finish_run(recipe, student, stage="distill", parents=models, metrics=metrics, files=files)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from minitron.model.sharding import open_model
 from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero
 from minitron.platform import Precision
 from minitron.stage import run
-from minitron.train.run import open_run
+from minitron.train.run import fingerprints, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def main(recipe: Recipe) -> None:
     prompts = on_rank_zero(lambda: read_prompts(recipe.prompts, tokenizer, context=context))
     dtype = platform.DTYPES[recipe.precision]
     model = freeze(build_llama(arch, topology, weights, dtype=dtype, transformer_impl="local"))
-    open_run(recipe)
+    open_run(recipe, fingerprints({"model": path}))
     file = out / f"{RESPONSES}.jsonl"
     first = on_rank_zero(lambda: count_answered(file, prompts))
     if first:

@@ -31,7 +31,7 @@ from minitron.search.trials import Trials, check_candidate
 from minitron.stage import run
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
-from minitron.train.run import open_batches, open_run
+from minitron.train.run import fingerprints, open_batches, open_run
 
 BEST_DIR = "best"
 
@@ -143,7 +143,7 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     assert validation is not None, "the recipe has checked"
-    open_run(recipe)
+    open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation))
     results = on_rank_zero(lambda: load_results(recipe.out, source) or _count(recipe, source))
     dtype = platform.DTYPES[recipe.precision]
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)

@@ -21,7 +21,7 @@ from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
 from minitron.train.objective import LanguageModeling
-from minitron.train.run import finish_run, open_batches, open_run
+from minitron.train.run import fingerprints, finish_run, open_batches, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,8 @@ class Recipe:
     """Continue the run in `out` from its newest checkpoint; starts anew if there is none."""
     allow_change: bool = False
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
-    learning rate than the run had; ranks may always be others."""
+    learning rate than the run had, or with other content of the model's or the data's path; ranks
+    may always be others."""
     until_step: int | None = None
     """Stop after this step with the model so far in `out`, for `resume` to go on; the learning rate
     is still that of a run to train.steps. null goes to the last step."""
@@ -154,7 +155,7 @@ def main(recipe: Recipe) -> None:
     dtype = platform.DTYPES[recipe.precision]
     model = build_chunks(arch, topology, weights, dtype=dtype, recompute=recipe.train.recompute)
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
-    open_run(recipe)
+    open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation))
     trainer = Trainer(
         model, LanguageModeling(), batches, validation, recipe.train, recipe.out, files
     )

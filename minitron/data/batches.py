@@ -271,7 +271,7 @@ class EvalBatches:
             if not with_remainder:
                 window.check_not_empty()
             counts.append(len(window) + with_remainder)
-        self._windows = windows
+        self.windows = windows
         self._ends = np.cumsum(counts)
         self._counts = counts
         self._micro_batch_size = micro_batch_size
@@ -292,7 +292,7 @@ class EvalBatches:
             yield collate(
                 [self._read(index) for index in range(first, last)],
                 size=self._micro_batch_size,
-                seq_length=self._windows[0].seq_length,
+                seq_length=self.windows[0].seq_length,
             )
 
     def sample_ids(self) -> Iterator[tuple[int, int]]:
@@ -307,4 +307,4 @@ class EvalBatches:
 
     def _locate(self, index: int) -> tuple[TokenWindows, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._windows[number], index - int(self._ends[number]) + self._counts[number]
+        return self.windows[number], index - int(self._ends[number]) + self._counts[number]

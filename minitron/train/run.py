@@ -1,7 +1,10 @@
 """A training run's directory: opened by the first attempt, resumed by later ones, finished once.
 
-    recipe.yaml  metrics.jsonl  tensorboard/  checkpoints/      while it runs
-    config.json  *.safetensors  tokenizer  manifest.json        when it is complete
+    recipe.yaml  inputs.json  metrics.jsonl  tensorboard/  checkpoints/     while it runs
+    config.json  *.safetensors  tokenizer  manifest.json                    when it is complete
+
+`inputs.json` has the fingerprints of what the run reads: a path may hold something else by the time
+it is resumed.
 
 The weights are written aside and moved in, the manifest last: a directory with a manifest holds a
 whole model.
@@ -34,11 +37,13 @@ from minitron.parallel import Topology
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 
-# What may differ between the attempts of one run: where it runs and what it writes.
+INPUTS = "inputs.json"
+
+# What says only how this attempt is made.
+_ATTEMPT_KEYS = ("out", "resume", "overwrite", "until_step", "allow_change")
+# What may differ between the attempts of one run: where it runs and what it writes; and the
+# teacher, who may have learnt something meanwhile (launch/correct_and_distill.sh).
 _FREE_KEYS = (
-    "out",
-    "resume",
-    "overwrite",
     "parallel",
     "teacher.window",
     "teacher.offload_states",
@@ -51,11 +56,10 @@ _FREE_KEYS = (
     "train.checkpoint_interval",
     "train.keep_checkpoints",
     "generate.micro_batch_size",
-    "until_step",
-    "allow_change",
+    "fingerprint of teacher",
 )
 # What may differ if asked for. Where samples or batches of another size begin follows from the
-# tokens seen so far; the learning rate is a function of the step.
+# tokens seen so far; the learning rate is a function of the step; weights come from the checkpoint.
 _CHANGEABLE_KEYS = (
     "data.seq_length",
     "train.global_batch_size",
@@ -63,19 +67,27 @@ _CHANGEABLE_KEYS = (
     "train.lr",
     "train.min_lr",
     "train.warmup_steps",
+    "fingerprint of model",
+    "fingerprint of student",
+    "fingerprint of data.path",
+    "fingerprint of data.valid_path",
 )
 
 
-def open_run(recipe: Any) -> None:
-    """Create the run's directory and save the recipe in it; call on all ranks.
+def open_run(recipe: Any, inputs: Mapping[str, str]) -> None:
+    """Create the run's directory and save recipe and inputs in it; call on all ranks.
 
-    With `recipe.resume` an earlier attempt's directory is taken over if its recipe agrees; with
-    `recipe.allow_change`, where the stage knows that, batches, samples and the learning rate's
-    schedule may be others.
+    With `recipe.resume` an earlier attempt's directory is taken over if recipe and inputs agree;
+    with `recipe.allow_change`, where the stage knows that, batches, samples, the learning rate's
+    schedule and what is read may be others.
+
+    Args:
+        recipe: of the stage.
+        inputs: fingerprints of what the run reads, by role; see `fingerprints`.
 
     Raises:
         MinitronError: the directory is not empty and neither resume nor overwrite is asked for, or
-            the earlier attempt had another recipe.
+            the earlier attempt had another recipe or other inputs.
     """
     out: Path = recipe.out
 
@@ -86,11 +98,38 @@ def open_run(recipe: Any) -> None:
         artifact.create_directory(out.resolve())
         saved = out / artifact.RECIPE
         if recipe.resume and saved.exists():
-            _check_same_recipe(recipe, saved)
+            _check_same_run(recipe, inputs)
         (out / artifact.MANIFEST).unlink(missing_ok=True)
         config.save(recipe, saved)
+        artifact.write_json(out / INPUTS, dict(inputs))
 
     parallel.on_rank_zero(prepare)
+
+
+def fingerprints(
+    models: Mapping[str, Path | None],
+    batches: TrainBatches | None = None,
+    validation: EvalBatches | None = None,
+) -> dict[str, str]:
+    """What identifies a run's inputs; call on all ranks.
+
+    Args:
+        models: directories by role; None stands for none.
+        batches: training data.
+        validation: held-out data.
+    """
+    found = parallel.on_rank_zero(
+        lambda: {role: artifact.fingerprint(path) for role, path in models.items() if path}
+    )
+    streams = {
+        "data.path": batches.source.datasets if batches else (),
+        "data.valid_path": validation.windows if validation else (),
+    }
+    return found | {
+        role: " ".join(f"{windows.stream.fingerprint:016x}" for windows in read)
+        for role, read in streams.items()
+        if read
+    }
 
 
 def finish_run(
@@ -176,26 +215,34 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _check_same_recipe(recipe: Any, path: Path) -> None:
-    """Refuse to go on with another recipe than the one at `path`, but for what may change."""
-    old, new = dict(_flatten(_read_recipe(path))), dict(_flatten(config.to_dict(recipe)))
-    changed = {
+def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
+    """Refuse to go on with another recipe or other inputs than before, but for what may change."""
+    saved, out = recipe.out / artifact.RECIPE, recipe.out
+    old, new = dict(_flatten(_read_recipe(saved))), dict(_flatten(config.to_dict(recipe)))
+    if (out / INPUTS).exists():  # older runs have none
+        old |= {f"fingerprint of {role}": x for role, x in artifact.read_json(out / INPUTS).items()}
+        new |= {f"fingerprint of {role}": x for role, x in inputs.items()}
+    differences = {
         key: f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in _FREE_KEYS)
+        if old.get(key) != new.get(key) and key not in _ATTEMPT_KEYS
     }
-    changeable = hasattr(recipe, "allow_change") and changed.keys() <= set(_CHANGEABLE_KEYS)
+    changed = {key for key in differences if not _is_below(key, _FREE_KEYS)}
+    changeable = hasattr(recipe, "allow_change") and changed <= set(_CHANGEABLE_KEYS)
     if changed and not (changeable and recipe.allow_change):
-        remedy = "take the old values or another --out"
+        remedy = "take the old ones or another --out"
         if changeable:
             remedy = f"add --allow-change, or {remedy}"
         raise MinitronError(
-            f"--resume would continue a run with another recipe than {path}: "
-            f"{'; '.join(changed.values())}; {remedy}"
+            f"--resume would continue a run with another recipe or other inputs than {out} has: "
+            f"{'; '.join(differences[key] for key in sorted(changed))}; {remedy}"
         )
-    for change in changed.values():
-        log(f"goes on with a changed recipe: {change}")
+    for difference in differences.values():
+        log(f"goes on with a change: {difference}")
+
+
+def _is_below(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.launch.launcher import LAUNCH
+from minitron.train.config import TrainConfig
+from minitron.train.optimizer import learning_rate
+from tests.launch.launcher import LAUNCH, launch
 from tests.runs import SEQ_LENGTH, VOCAB, load_tensors, write_tokens
 from tests.tiny import save_llama
 
@@ -47,3 +49,44 @@ def test_a_run_with_intermediate_losses_is_exported_without_their_map(root, fork
     exported, student = load_tensors(root / "export"), load_tensors(root / "run")
     assert exported.keys() == student.keys() == load_tensors(root / "student").keys()
     assert all(torch.equal(tensor, student[name]) for name, tensor in exported.items())
+
+
+def test_a_resumed_run_may_change_its_batches_schedule_and_ranks(root, forked):
+    def arguments(seq_length, batch, lr, parallel):
+        return (
+            *("--teacher", "teacher", "--teacher.allow_untrained", "--student", "student"),
+            *("--data.path", "train", "--data.seq_length", seq_length, "--out", "changed"),
+            *("--train.global_batch_size", batch, "--train.lr", lr, "--train.warmup_steps", 2),
+            *("--train.steps", 5, f"--parallel.{parallel}_model_parallel_size", 2),
+        )
+
+    first = (*arguments(SEQ_LENGTH, 4, 1e-3, "tensor"), "--until_step", 2)
+    launch("distill", *first, cwd=root, ranks=2)
+    tokens = root / "train.bin"
+    content = tokens.read_bytes()
+    tokens.write_bytes(content[2:] + content[:2])
+    other = (*arguments(SEQ_LENGTH // 2, 6, 5e-4, "pipeline"), "--resume")
+    changes = [
+        "data.seq_length: 16 -> 8",
+        "fingerprint of data.path: ",
+        "parallel.pipeline_model_parallel_size: 1 -> 2",
+        "parallel.tensor_model_parallel_size: 2 -> 1",
+        "train.global_batch_size: 4 -> 6",
+        "train.lr: 0.001 -> 0.0005",
+    ]
+    result = launch("distill", *other, "--allow-change", cwd=root, ranks=2)
+    said = [line for line in result.err.splitlines() if "goes on with a change: " in line]
+    assert len(said) == len(changes)
+    assert all(change in line for line, change in zip(said, changes, strict=True))
+
+    lines = [json.loads(x) for x in (root / "changed" / "metrics.jsonl").read_text().splitlines()]
+    seen = [2 * 4 * SEQ_LENGTH + n * 6 * SEQ_LENGTH // 2 for n in range(4)]
+    assert [line["tokens"] for line in lines] == [4 * SEQ_LENGTH, *seen]
+    config = TrainConfig(steps=5, lr=5e-4, warmup_steps=2)
+    assert [line["lr"] for line in lines[2:]] == [learning_rate(step, config) for step in (3, 4, 5)]
+
+    back = (*arguments(SEQ_LENGTH, 6, 5e-4, "pipeline")[:-2], "--resume")
+    result = forked("distill", *back, cwd=root)
+    assert result.status == 2
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert "than changed has: data.seq_length: 8 -> 16; add --allow-change, or " in line

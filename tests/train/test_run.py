@@ -16,6 +16,8 @@ from minitron.train.run import finish_run, open_run
 from tests.runs import build_model, load_tensors, run_on
 from tests.tiny import save_llama
 
+INPUTS = {"student": "5a", "teacher": "7e", "data.path": "da"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -37,7 +39,7 @@ def recipe(tmp_path):
 
 def _attempt(recipe):
     """A first attempt at a run, with something in its directory."""
-    open_run(recipe)
+    open_run(recipe, INPUTS)
     (recipe.out / "metrics.jsonl").write_text("{}\n")
 
 
@@ -46,8 +48,8 @@ def _files(directory):
 
 
 def test_a_new_run_saves_its_recipe(recipe):
-    open_run(recipe)
-    assert _files(recipe.out) == ["recipe.yaml"]
+    open_run(recipe, INPUTS)
+    assert _files(recipe.out) == ["inputs.json", "recipe.yaml"]
     saved = yaml.safe_load((recipe.out / "recipe.yaml").read_text())
     assert saved == config.to_dict(recipe)
     assert saved["train"]["lr"] == recipe.train.lr
@@ -56,15 +58,15 @@ def test_a_new_run_saves_its_recipe(recipe):
 def test_a_directory_that_is_not_empty_is_refused(recipe):
     _attempt(recipe)
     with pytest.raises(MinitronError, match=r"first is not empty \(.*\); choose .* --overwrite"):
-        open_run(replace(recipe, seed=2))
-    assert _files(recipe.out) == ["metrics.jsonl", "recipe.yaml"]
+        open_run(replace(recipe, seed=2), INPUTS)
+    assert _files(recipe.out) == ["inputs.json", "metrics.jsonl", "recipe.yaml"]
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 1
 
 
 def test_overwriting_begins_anew(recipe):
     _attempt(recipe)
-    open_run(replace(recipe, seed=2, overwrite=True))
-    assert _files(recipe.out) == ["recipe.yaml"]
+    open_run(replace(recipe, seed=2, overwrite=True), INPUTS)
+    assert _files(recipe.out) == ["inputs.json", "recipe.yaml"]
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 2
 
 
@@ -74,11 +76,11 @@ def test_overwriting_spares_what_minitron_did_not_write(recipe):
     with pytest.raises(
         MinitronError, match=r"--overwrite would delete .*first, which minitron did"
     ):
-        open_run(replace(recipe, overwrite=True))
+        open_run(replace(recipe, overwrite=True), INPUTS)
     assert _files(recipe.out) == ["thesis.tex"]
 
 
-def test_resuming_takes_the_directory_over(recipe):
+def test_resuming_takes_the_directory_over(recipe, caplog):
     _attempt(recipe)
     (recipe.out / "manifest.json").write_text("{}")  # no longer complete
     elsewhere = replace(
@@ -87,24 +89,36 @@ def test_resuming_takes_the_directory_over(recipe):
         parallel=ParallelConfig(tensor_model_parallel_size=2),
         train=replace(recipe.train, micro_batch_size=2, checkpoint_interval=7, recompute="full"),
     )
-    open_run(elsewhere)
-    assert _files(recipe.out) == ["metrics.jsonl", "recipe.yaml"]
+    with caplog.at_level("INFO"):
+        open_run(elsewhere, INPUTS | {"teacher": "7f"})
+    assert caplog.messages == [
+        f"goes on with a change: {change}"
+        for change in (
+            "fingerprint of teacher: 7e -> 7f",
+            "parallel.tensor_model_parallel_size: 1 -> 2",
+            "train.checkpoint_interval: 100 -> 7",
+            "train.micro_batch_size: 1 -> 2",
+            "train.recompute: none -> full",
+        )
+    ]
+    assert artifact.read_json(recipe.out / "inputs.json")["teacher"] == "7f"
+    assert _files(recipe.out) == ["inputs.json", "metrics.jsonl", "recipe.yaml"]
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text()) == config.to_dict(elsewhere)
 
 
 def test_resuming_what_was_never_begun_begins_it(recipe):
-    open_run(replace(recipe, resume=True))
-    assert _files(recipe.out) == ["recipe.yaml"]
+    open_run(replace(recipe, resume=True), INPUTS)
+    assert _files(recipe.out) == ["inputs.json", "recipe.yaml"]
 
 
 def test_resuming_another_recipe_is_refused(recipe):
     _attempt(recipe)
     other = replace(recipe, resume=True, seed=2, train=replace(recipe.train, steps=7))
     with pytest.raises(MinitronError) as caught:
-        open_run(other)
+        open_run(other, INPUTS)
     assert str(caught.value) == (
-        f"--resume would continue a run with another recipe than {recipe.out / 'recipe.yaml'}: "
-        "seed: 1 -> 2; train.steps: 100 -> 7; take the old values or another --out"
+        f"--resume would continue a run with another recipe or other inputs than {recipe.out} has: "
+        "seed: 1 -> 2; train.steps: 100 -> 7; take the old ones or another --out"
     )
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 1
 
@@ -114,13 +128,13 @@ def test_batches_and_learning_rate_may_change_if_asked(recipe, caplog):
     other = replace(recipe, resume=True, train=replace(recipe.train, lr=1e-3, global_batch_size=9))
     changes = "train.global_batch_size: 8 -> 9", "train.lr: 0.0001 -> 0.001"
     with pytest.raises(MinitronError) as caught:
-        open_run(other)
+        open_run(other, INPUTS)
     assert str(caught.value).endswith(
-        f": {'; '.join(changes)}; add --allow-change, or take the old values or another --out"
+        f": {'; '.join(changes)}; add --allow-change, or take the old ones or another --out"
     )
     with caplog.at_level("INFO"):
-        open_run(replace(other, allow_change=True))
-    assert [f"goes on with a changed recipe: {change}" for change in changes] == caplog.messages
+        open_run(replace(other, allow_change=True), INPUTS)
+    assert [f"goes on with a change: {change}" for change in changes] == caplog.messages
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["train"]["lr"] == 1e-3
 
 
@@ -128,17 +142,32 @@ def test_what_is_learnt_may_not_change(recipe):
     _attempt(recipe)
     train = replace(recipe.train, steps=7, weight_decay=0.5)
     with pytest.raises(MinitronError) as caught:
-        open_run(replace(recipe, resume=True, allow_change=True, train=train))
+        open_run(replace(recipe, resume=True, allow_change=True, train=train), INPUTS)
     assert str(caught.value).endswith(
-        "train.steps: 100 -> 7; train.weight_decay: 0.1 -> 0.5; "
-        "take the old values or another --out"
+        "train.steps: 100 -> 7; train.weight_decay: 0.1 -> 0.5; take the old ones or another --out"
     )
+
+
+def test_other_content_of_a_path_is_seen(recipe, caplog):
+    _attempt(recipe)
+    again = replace(recipe, resume=True)
+    other = INPUTS | {"data.path": "db", "student": "5b"}
+    changes = "fingerprint of data.path: da -> db", "fingerprint of student: 5a -> 5b"
+    with pytest.raises(MinitronError) as caught:
+        open_run(again, other)
+    assert str(caught.value).endswith(
+        f": {'; '.join(changes)}; add --allow-change, or take the old ones or another --out"
+    )
+    assert artifact.read_json(recipe.out / "inputs.json") == INPUTS
+    with caplog.at_level("INFO"):
+        open_run(replace(again, allow_change=True), other)
+    assert caplog.messages == [f"goes on with a change: {change}" for change in changes]
 
 
 def _finish(parallel, recipe, model_dir):
     topology = initialize(parallel)
     model = build_model(model_dir, topology)
-    open_run(recipe)
+    open_run(recipe, INPUTS)
     finish_run(
         recipe,
         [model],
