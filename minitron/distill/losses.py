@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from minitron.data.batches import Batch
@@ -19,6 +20,10 @@ from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
 from minitron.ops.logit_moments import LogitDistance
 from minitron.ops.objectives import KL, KnownTokens, Objective
 from minitron.ops.top_tokens import TopKL
+
+AGREEMENT_STRIDE = 8
+"""Of a training step's positions, every eighth shows which token both models find most probable: to
+find it at all of them is another sweep over both logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ class Distillation(abc.ABC):
         config: the loss.
     """
 
-    training_losses: tuple[str, ...] = ("loss", "kl", "ce", "top1_agreement")
+    training_losses: tuple[str, ...] = ("loss", "kl", "ce", "top1_agreement", "compared")
     validation_losses: tuple[str, ...] = ("val_loss", "val_kl", "val_top1_agreement")
 
     def __init__(self, source: Source, config: DistillConfig) -> None:
@@ -143,36 +148,47 @@ class Distillation(abc.ABC):
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """The `loss`, and for reading the forward `kl`, the cross-entropy `ce` and how often the
-        student agrees with the teacher on the most probable token, each [s, b].
+        """The `loss`, and for reading the forward `kl`, the cross-entropy `ce`, whether the student
+        agrees with the teacher on the most probable token, and where that was `compared`, [s, b].
         """
-        found = self._losses(model, hidden, batch, index)
+        found = self._losses(model, hidden, batch, index, AGREEMENT_STRIDE)
         assert found.cross_entropy is not None
         assert found.top1_agreement is not None
+        compared = torch.zeros_like(found.forward_kl)
+        compared[::AGREEMENT_STRIDE] = 1
         return {
             "loss": found.loss,
             "kl": found.forward_kl,
             "ce": found.cross_entropy,
             "top1_agreement": found.top1_agreement,
+            "compared": compared,
         }
 
     def validation(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """What `training` has for reading, of held-out data."""
-        found = self.training(model, hidden, batch, index)
+        """The student's own cross-entropy `val_loss`, its divergence `val_kl`, and whether it
+        agrees with the teacher on the most probable token, each [s, b].
+        """
+        found = self._losses(model, hidden, batch, index, 1)
+        assert found.cross_entropy is not None
+        assert found.top1_agreement is not None
         return {
-            "val_loss": found["ce"],
-            "val_kl": found["kl"],
-            "val_top1_agreement": found["top1_agreement"],
+            "val_loss": found.cross_entropy,
+            "val_kl": found.forward_kl,
+            "val_top1_agreement": found.top1_agreement,
         }
 
     def finish(self, losses: dict[str, float]) -> dict[str, float]:
-        """The means as they are."""
-        return losses
+        """The means, that of the agreement over the tokens compared, if there were any."""
+        losses = dict(losses)
+        agreement, compared = losses.pop("top1_agreement"), losses.pop("compared")
+        return {**losses, "top1_agreement": agreement / compared} if compared else losses
 
     @abc.abstractmethod
-    def _losses(self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> LinearLosses:
+    def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, agreement: int
+    ) -> LinearLosses:
         """`_compare` the student with what the teacher says of micro-batch `index`."""
 
     def _compare(
@@ -183,6 +199,7 @@ class Distillation(abc.ABC):
         teacher: TeacherHidden | KnownTokens,
         objective: Objective,
         valid_columns: int,
+        agreement: int,
     ) -> LinearLosses:
         config = self._config
         return linear_kl(
@@ -196,7 +213,7 @@ class Distillation(abc.ABC):
             lm_weight=config.lm_weight,
             temperature=config.temperature,
             temperature_power=config.temperature_power,
-            agreement=True,
+            agreement=agreement,
             sequence_parallel=model.config.sequence_parallel,
             tp_group=model.topology.groups.tp,
         )
@@ -214,8 +231,12 @@ class LogitDistillation(Distillation):
         super().__init__(teacher, config)
         self._teacher = teacher
 
-    def _losses(self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> LinearLosses:
+    def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, agreement: int
+    ) -> LinearLosses:
         teacher = self._teacher.model
         states = TeacherHidden(self._teacher.take(index), teacher.head)
         columns = shared_columns(model, teacher)
-        return self._compare(model, hidden, batch, states, self._config.objective, columns)
+        return self._compare(
+            model, hidden, batch, states, self._config.objective, columns, agreement
+        )

@@ -62,7 +62,8 @@ class LinearLosses(NamedTuple):
     cross_entropy: Tensor | None
     """Of the student with the labels; None without labels."""
     top1_agreement: Tensor | None
-    """1 where both find the same token most probable, else 0; None unless asked for."""
+    """1 where both find the same token most probable, else 0, also at positions that were not asked
+    for; None unless any were."""
 
 
 def linear_kl(
@@ -77,7 +78,7 @@ def linear_kl(
     lm_weight: float = 0.0,
     temperature: float = 1.0,
     temperature_power: float = 0.0,
-    agreement: bool = False,
+    agreement: int = 0,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -96,7 +97,8 @@ def linear_kl(
         lm_weight: what the cross-entropy counts in the loss; needs labels.
         temperature: τ, divides the logits of both in the objective.
         temperature_power: the objective is multiplied by this power of τ.
-        agreement: also tell where both find the same token most probable.
+        agreement: also tell where both find the same token most probable, at every so-manieth
+            position of the sequence; 0 for not.
         sequence_parallel: whether the hidden states hold this rank's part of the sequence.
         chunk_tokens: tokens whose logits exist at a time; twice as many under tensor parallelism.
             None takes `CHUNK_TOKENS`, on a CPU `CHUNK_TOKENS_ON_CPU`.
@@ -160,7 +162,7 @@ class _Arguments(NamedTuple):
     lm_weight: float
     temperature: float
     temperature_power: float
-    agreement: bool
+    agreement: int
     sequence_parallel: bool
     chunk_tokens: int
     differentiate: bool
@@ -199,7 +201,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
             tp_group=group,
         )
         if given.agreement:
-            agrees[chunk] = yield from top1_agreement(logits)
+            rows = _rows_of_positions(chunk, token_weights, given)
+            agrees[chunk][rows] = yield from top1_agreement(_select(logits, rows))
         weights = None
         if given.differentiate:
             by_token = token_weights[chunk]
@@ -255,6 +258,29 @@ def _teacher_rows(given: _Arguments, teacher: Tensor, chunk: slice, memory: Tens
     return KnownTokens(given.ids.flatten(0, -2)[chunk], teacher[chunk])
 
 
+def _rows_of_positions(chunk: slice, tokens: Tensor, given: _Arguments) -> Tensor | slice:
+    """A chunk's rows whose positions are looked at; found on the CPU, which need not wait."""
+    if given.agreement == 1:
+        return slice(None)
+    positions = torch.arange(*chunk.indices(len(tokens))) // given.token_weights.size(1)
+    rows = (positions % given.agreement == 0).nonzero()[:, 0]
+    return rows.to(tokens.device, non_blocking=True)
+
+
+def _select(logits: Logits, rows: Tensor | slice) -> Logits:
+    """Some of the tokens, for reading."""
+    assert logits.mask is not None
+    teacher = logits.teacher
+    known = isinstance(teacher, KnownTokens)
+    return dataclasses.replace(
+        logits,
+        student=logits.student[rows],
+        teacher=KnownTokens(*(x[rows] for x in teacher)) if known else teacher[rows],
+        labels=None,
+        mask=logits.mask[rows],
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = _Arguments(*inputs)
     ctx.shape, ctx.head_dtype = given.student.shape, given.student_head.dtype
@@ -289,7 +315,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 _linear_kl = compose(
     "linear_kl(Tensor student, Tensor student_head, Tensor teacher, Tensor? teacher_head,"
     " Tensor? ids, Tensor token_weights, Tensor? labels, str objective, int valid_columns,"
-    " float lm_weight, float temperature, float temperature_power, bool agreement,"
+    " float lm_weight, float temperature, float temperature_power, int agreement,"
     " bool sequence_parallel, int chunk_tokens, bool differentiate, str? group)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_forward,

@@ -184,7 +184,7 @@ def test_distillation_reports_what_transformers_computes(demo):
     for line in trained:
         assert line.keys() == {"step", *losses, "lr", "grad_norm", "tokens", *MEASURED}
         assert line["kl"] == line["loss"]
-        assert 0 < line["top1_agreement"] < 1
+        assert 0 <= line["top1_agreement"] <= 1
     assert trained[-1]["kl"] < trained[0]["kl"]
     assert [line["step"] for line in validated] == [0, STEPS]
     target = log_probabilities(demo / "teacher", valid_samples(demo))

@@ -38,11 +38,13 @@ class StoredDistillation(Distillation):
         super().__init__(teacher, config)
         self._teacher = teacher
 
-    def _losses(self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int) -> LinearLosses:
+    def _losses(
+        self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int, agreement: int
+    ) -> LinearLosses:
         known, excess = self._teacher.take(index)
         objective = SparseKL(tail=self._teacher.store.has_tail)
         columns = model.columns_of(self._teacher.vocab_size)
-        found = self._compare(model, hidden, batch, known, objective, columns)
+        found = self._compare(model, hidden, batch, known, objective, columns, agreement)
         factor = self._config.temperature**self._config.temperature_power
         return found._replace(
             loss=found.loss + factor * excess, forward_kl=found.forward_kl + excess

@@ -165,7 +165,8 @@ def test_the_data_teaches_beside_the_store(world, tmp_path, topology):
     expected = TEMPERATURE**2 * kl + 0.3 * ce
     with torch.no_grad():
         first, second = (model(batch.tokens).logits.argmax(-1) for model in (student, teacher))
-    agreement = reference.masked_mean((first == second).double(), batch)
+    eighth = replace(batch, loss_mask=batch.loss_mask * (torch.arange(SEQ_LENGTH) % 8 == 0))
+    agreement = reference.masked_mean((first == second).double(), eighth)
     means = {"loss": expected, "kl": kl, "ce": ce, "top1_agreement": agreement}
     for name, value in means.items():
         assert trained[name] == pytest.approx(value.item(), rel=1e-5), name
