@@ -27,7 +27,7 @@ test: .venv/.dev ## Run the tests
 bench: .venv/.dev ## Time kernels, pruning and distillation, about 25 minutes and 9 GB of disk; writes docs/results
 	$(BIN)/python -m tests.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
-	$(BIN)/python -m tests.bench.pipeline
+	$(BIN)/python -m tests.bench.pipeline --out docs/results
 	$(BIN)/python -m tests.bench.distill --out docs/results
 
 gpu-check: ## Build, test and time the kernels on this GPU with PYTHON, in minutes; writes docs/results
