@@ -96,7 +96,7 @@ def test_resuming_takes_the_directory_over(recipe, caplog):
         for change in (
             "fingerprint of teacher: 7e -> 7f",
             "parallel.tensor_model_parallel_size: 1 -> 2",
-            "train.checkpoint_interval: 100 -> 7",
+            "train.checkpoint_interval: 500 -> 7",
             "train.micro_batch_size: 1 -> 2",
             "train.recompute: none -> full",
         )
