@@ -246,8 +246,8 @@ def _window(parallel, run, seq_length):
 )
 def test_the_default_window_counts_all_states(run, topology, states, floats):
     run = replace(run, intermediate=replace(run.intermediate, states=states))
-    expected = int(2**30 // (2 * 2**17 * floats * 4))
-    assert set(run_on(topology, _window, run, 2**17)) == {expected}
+    expected = int(2**30 // (2 * 2**14 * floats * 4))
+    assert set(run_on(topology, _window, run, 2**14)) == {expected}
 
 
 # Many steps
