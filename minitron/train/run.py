@@ -230,7 +230,7 @@ def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
     changed = {key for key in differences if not _is_below(key, _FREE_KEYS)}
     changeable = hasattr(recipe, "allow_change") and changed <= set(_CHANGEABLE_KEYS)
     if changed and not (changeable and recipe.allow_change):
-        remedy = "take the old ones or another --out"
+        remedy = "take the old values or another --out"
         if changeable:
             remedy = f"add --allow-change, or {remedy}"
         raise MinitronError(

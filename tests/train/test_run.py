@@ -118,7 +118,7 @@ def test_resuming_another_recipe_is_refused(recipe):
         open_run(other, INPUTS)
     assert str(caught.value) == (
         f"--resume would continue a run with another recipe or other inputs than {recipe.out} has: "
-        "seed: 1 -> 2; train.steps: 100 -> 7; take the old ones or another --out"
+        "seed: 1 -> 2; train.steps: 100 -> 7; take the old values or another --out"
     )
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text())["seed"] == 1
 
@@ -130,7 +130,7 @@ def test_batches_and_learning_rate_may_change_if_asked(recipe, caplog):
     with pytest.raises(MinitronError) as caught:
         open_run(other, INPUTS)
     assert str(caught.value).endswith(
-        f": {'; '.join(changes)}; add --allow-change, or take the old ones or another --out"
+        f": {'; '.join(changes)}; add --allow-change, or take the old values or another --out"
     )
     with caplog.at_level("INFO"):
         open_run(replace(other, allow_change=True), INPUTS)
@@ -144,7 +144,7 @@ def test_what_is_learnt_may_not_change(recipe):
     with pytest.raises(MinitronError) as caught:
         open_run(replace(recipe, resume=True, allow_change=True, train=train), INPUTS)
     assert str(caught.value).endswith(
-        "train.steps: 100 -> 7; train.weight_decay: 0.1 -> 0.5; take the old ones or another --out"
+        "train.steps: 100 -> 7; train.weight_decay: 0.1 -> 0.5; take the old values or another --out"
     )
 
 
@@ -156,7 +156,7 @@ def test_other_content_of_a_path_is_seen(recipe, caplog):
     with pytest.raises(MinitronError) as caught:
         open_run(again, other)
     assert str(caught.value).endswith(
-        f": {'; '.join(changes)}; add --allow-change, or take the old ones or another --out"
+        f": {'; '.join(changes)}; add --allow-change, or take the old values or another --out"
     )
     assert artifact.read_json(recipe.out / "inputs.json") == INPUTS
     with caplog.at_level("INFO"):
