@@ -233,8 +233,12 @@ def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
         remedy = "take the old values or another --out"
         if changeable:
             remedy = f"add --allow-change, or {remedy}"
+        only_inputs = all(key.startswith("fingerprint") for key in changed)
+        before = (
+            f"other inputs than {out / INPUTS}" if only_inputs else f"another recipe than {saved}"
+        )
         raise MinitronError(
-            f"--resume would continue a run with another recipe or other inputs than {out} has: "
+            f"--resume would continue a run with {before}: "
             f"{'; '.join(differences[key] for key in sorted(changed))}; {remedy}"
         )
     for difference in differences.values():

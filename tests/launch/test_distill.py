@@ -89,4 +89,4 @@ def test_a_resumed_run_may_change_its_batches_schedule_and_ranks(root, forked):
     result = forked("distill", *back, cwd=root)
     assert result.status == 2
     (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert "than changed has: data.seq_length: 8 -> 16; add --allow-change, or " in line
+    assert "than changed/recipe.yaml: data.seq_length: 8 -> 16; add --allow-change, or " in line
