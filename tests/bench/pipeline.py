@@ -90,7 +90,9 @@ class Concatenated(torch.nn.Module):
         self.student.module.set_input_tensor(ours)
         self.teacher.set_input_tensor(theirs if theirs is None else theirs.detach())
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, mask: None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, position_ids: Tensor, mask: None, inference_context: None
+    ) -> Tensor:
         """Both stages, one after the other."""
         ours = self.student(tokens, position_ids, mask)
         with torch.no_grad():
