@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minitron.ops.library import compose
 from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Steps, Teacher
-from minitron.ops.top_tokens import top1_agreement
+from minitron.ops.top_tokens import rows_of_positions, top1_agreement
 from minitron.ops.vocab_parallel import (
     accumulation_dtype,
     group_name,
@@ -201,8 +201,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
             tp_group=group,
         )
         if given.agreement:
-            rows = _rows_of_positions(chunk, token_weights, given)
-            agrees[chunk][rows] = yield from top1_agreement(_select(logits, rows))
+            rows = rows_of_positions(chunk, given.token_weights, given.agreement)
+            agrees[chunk][rows] = yield from top1_agreement(logits.select(rows))
         weights = None
         if given.differentiate:
             by_token = token_weights[chunk]
@@ -256,29 +256,6 @@ def _teacher_rows(given: _Arguments, teacher: Tensor, chunk: slice, memory: Tens
         return _product(teacher[chunk], given.teacher_head, memory)
     assert given.ids is not None
     return KnownTokens(given.ids.flatten(0, -2)[chunk], teacher[chunk])
-
-
-def _rows_of_positions(chunk: slice, tokens: Tensor, given: _Arguments) -> Tensor | slice:
-    """A chunk's rows whose positions are looked at; found on the CPU, which need not wait."""
-    if given.agreement == 1:
-        return slice(None)
-    positions = torch.arange(*chunk.indices(len(tokens))) // given.token_weights.size(1)
-    rows = (positions % given.agreement == 0).nonzero()[:, 0]
-    return rows.to(tokens.device, non_blocking=True)
-
-
-def _select(logits: Logits, rows: Tensor | slice) -> Logits:
-    """Some of the tokens, for reading."""
-    assert logits.mask is not None
-    teacher = logits.teacher
-    known = isinstance(teacher, KnownTokens)
-    return dataclasses.replace(
-        logits,
-        student=logits.student[rows],
-        teacher=KnownTokens(*(x[rows] for x in teacher)) if known else teacher[rows],
-        labels=None,
-        mask=logits.mask[rows],
-    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,7 +16,7 @@ import abc
 import ast
 import functools
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -86,6 +86,16 @@ class Logits:
         if not isinstance(self.teacher, KnownTokens):
             raise ValueError("SparseKL wants known tokens of the teacher, not logits")
         return self.teacher
+
+    def select(self, rows: Tensor | slice) -> Logits:
+        """Those of some tokens."""
+        of_tokens = (self.labels, self.mask)
+        labels, mask = (None if x is None else x[rows] for x in of_tokens)
+        if isinstance(self.teacher, KnownTokens):
+            teacher: Teacher = KnownTokens(*(x[rows] for x in self.teacher))
+        else:
+            teacher = self.teacher[rows]
+        return replace(self, student=self.student[rows], teacher=teacher, labels=labels, mask=mask)
 
 
 class Losses(NamedTuple):

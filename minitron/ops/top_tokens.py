@@ -116,6 +116,18 @@ def top1_agreement(logits: Logits) -> Steps[Tensor]:
     return agrees if logits.mask is None else torch.where(logits.mask, agrees, 0)
 
 
+def rows_of_positions(chunk: slice, tokens: Tensor, stride: int) -> Tensor | slice:
+    """Which of a chunk's rows are at every `stride`th position of [s, b] tokens.
+
+    They are counted on the CPU, which need not wait for the device.
+    """
+    if stride == 1:
+        return slice(None)
+    positions = torch.arange(*chunk.indices(tokens.numel())) // tokens.size(1)
+    rows = (positions % stride == 0).nonzero()[:, 0]
+    return rows.to(tokens.device, non_blocking=True)
+
+
 def candidates(rows: Tensor, k: int, valid_columns: int, offset: int, temperature: float) -> Tensor:
     """What one rank puts forward, [tokens, 2 + 2k]: maximum, Σ e^(y−max), logits, ids.
 
