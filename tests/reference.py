@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,18 @@ from transformers.models.llama import modeling_llama
 from minitron.data.batches import Batch
 from minitron.train.optimizer import learning_rate
 from tests.runs import SEED, Run, open_batches
+
+
+def load_fp64(path: Path) -> LlamaForCausalLM:
+    """A model directory in fp64 throughout; transformers' norm would go through fp32."""
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    for parent in [*model.modules()]:
+        for name, norm in parent.named_children():
+            if isinstance(norm, modeling_llama.LlamaRMSNorm):
+                exact = torch.nn.RMSNorm(norm.weight.numel(), eps=norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return model
 
 
 def language_modeling_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -65,7 +78,7 @@ class Intermediate:
         self.map = None
         if ours != theirs and self.config.states != ["attention_relation"]:
             normal = torch.randn(theirs, ours, generator=torch.Generator().manual_seed(SEED))
-            self.map = torch.nn.Parameter(normal / ours**0.5)
+            self.map = torch.nn.Parameter((normal / ours**0.5).to(student.dtype))
 
     def add(self, logits: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The whole loss of a global batch, and its parts; takes alpha to the next step."""
@@ -184,6 +197,9 @@ def train(
             run, config = changed, changed.train
         batch = global_batch(run, tokens // run.seq_length)
         tokens += batch.tokens.numel()
+        if not batch.loss_mask.any():
+            records.append({"skipped": 1})
+            continue
         if teacher is None:
             losses = language_modeling_loss(model, batch)
         else:

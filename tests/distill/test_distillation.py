@@ -83,13 +83,11 @@ def _distill(parallel, run, temperature):
     }
 
 
-@pytest.mark.parametrize(
-    ("topology", "temperature"),
-    [("tp1", 1.0), ("tp1", 1.7), ("tp2+sp", 1.7), ("tp4", 1.0), ("pp2", 0.5), ("tp2 pp2", 1.7)],
-)
-def test_loss_and_gradients(models, run, topology, temperature):
+def test_loss_and_gradients(models, run):
+    """With the optimizer that a run has; every loss and topology are in test_every_loss."""
     _, student, teacher = models
-    facts = run_on(topology, _distill, run, temperature)
+    temperature = 1.7
+    facts = run_on("tp2 pp2", _distill, run, temperature)
 
     batch = reference.global_batch(run, 0)
     assert 0 < batch.loss_mask.mean() < 1
