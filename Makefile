@@ -26,7 +26,7 @@ test: .venv/.dev ## Run the tests
 
 bench: .venv/.dev ## Time kernels, pruning and distillation, about 25 minutes and 9 GB of disk; writes docs/results
 	$(BIN)/python -m tests.bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.prune --out docs/results
 	$(BIN)/python -m tests.bench.pipeline --out docs/results
 	$(BIN)/python -m tests.bench.distill --out docs/results
 

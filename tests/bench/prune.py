@@ -1,6 +1,6 @@
 """What importance and pruning cost: against bare forward passes, and against `cp`.
 
-    make bench          or: python -m tests.bench.prune [--gigabytes 3] [--directory DIR]
+    make bench          or: python -m tests.bench.prune [--out docs/results] [--directory DIR]
 
 Each comparison alternates its two sides within one run and shows the median of the ratios, so that
 a busy machine slows both.
@@ -21,10 +21,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minitron import artifact, metrics
+from minitron import artifact
 from minitron.data.batches import EvalBatches, open_windows
 from minitron.model import hf
 from minitron.model.arch import Architecture
@@ -36,9 +37,11 @@ from minitron.prune.baselines import baseline_scores
 from minitron.prune.importance import collect_importance
 from minitron.prune.pruning import plan_pruning, prune_model
 from minitron.prune.target import PruneConfig
+from tests.bench.runner import describe_machine, write_results
 from tests.runs import VOCAB, write_tokens
 
 GB = 1e9
+IMPORTANCE_TARGET, PRUNING_TARGET = 1.10, 1.5  # ratios to stay within
 
 
 def alternate(
@@ -60,7 +63,7 @@ def alternate(
     return [*medians, statistics.median(b / a for a, b in times)]
 
 
-def bench_importance(directory: Path, rounds: int) -> None:
+def bench_importance(directory: Path, rounds: int) -> list[dict[str, Any]]:
     """Forward passes with the hooks of importance against the same without."""
     rows = []
     topology = initialize(ParallelConfig())
@@ -88,8 +91,14 @@ def bench_importance(directory: Path, rounds: int) -> None:
         scored = functools.partial(collect_importance, model, batches)
         scored()  # the first call of everything is slower
         measured = alternate(bare, scored, rounds, clock=time.process_time)
-        rows.append((f"h={hidden_size}, {arch.num_layers} layers", *measured))
-    print(metrics.format_table(("importance", "forward CPU s", "scored CPU s", "ratio"), rows))
+        case = f"hidden {hidden_size}, {arch.num_layers} layers"
+        rows.append(_row(case, measured, IMPORTANCE_TARGET))
+    return rows
+
+
+def _row(case: str, measured: list[float], target: float) -> dict[str, Any]:
+    first, second, ratio = measured
+    return {"case": case, "base_s": first, "ours_s": second, "ratio": ratio, "target": target}
 
 
 def forward(model: LlamaModel, batches: EvalBatches) -> None:
@@ -159,7 +168,7 @@ def anonymous_memory() -> int:
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
-def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
+def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
     """Width pruning of a large model against a copy of its files, both flushed to the disk."""
     source, copy, out = (directory / name for name in ("source", "copy", "out"))
     arch = make_model(source, gigabytes)
@@ -181,7 +190,8 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
     }
     peak = 0.0
     for name, keys in cases.items():
-        rows.append((name, *alternate(cp, functools.partial(prune, source, out, keys), rounds)))
+        measured = alternate(cp, functools.partial(prune, source, out, keys), rounds)
+        rows.append(_row(name, measured, PRUNING_TARGET))
         shutil.rmtree(out)
         peak = max(peak, peak_memory(prune, source, out, keys))
         if name == "same shape":
@@ -189,24 +199,66 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> None:
             artifact.write_manifest(out, stage="prune", recipe={}, parents={})
             hashing = time.perf_counter() - start
         shutil.rmtree(out)
-    title = f"pruning {size / GB:.1f} GB"
-    print(metrics.format_table((title, "cp s", "prune s", "ratio"), rows))
-    print(f"hashing {size / GB:.1f} GB for the manifest: {hashing:.1f} s")
-    bound = 2 * largest / GB + 1
-    print(f"peak memory {peak:.2f} GB, bound 2 x {largest / GB:.2f} + 1 = {bound:.2f} GB")
+    return {
+        "gigabytes": size / GB,
+        "rows": rows,
+        "hashing_s": hashing,
+        "peak_gb": peak,
+        "bound_gb": 2 * largest / GB + 1,
+    }
+
+
+_PAGE = """# What importance and pruning cost
+
+Written by tests/bench/prune.py, the same numbers as JSON are in pruning.json. Both sides of a
+comparison alternate within the run; a time is the median of the rounds, a ratio that of the rounds'
+ratios.
+
+{described}
+
+| importance, one pass against a forward pass | forward, CPU s | scored, CPU s | ratio | target |
+|---|---|---|---|---|
+{importance}
+
+| pruning {gigabytes:.1f} GB of bf16, one process, against `cp` and fsync | `cp`, s | pruning, s \
+| ratio | target |
+|---|---|---|---|---|
+{pruning}
+
+Hashing the result of the same shape for its manifest takes another {hashing_s:.1f} s. Peak memory
+of tensors is {peak_gb:.2f} GB; two of the largest tensors and 1 GB, which is the bound, are
+{bound_gb:.2f} GB.
+"""
+
+
+def _line(row: dict[str, Any]) -> str:
+    verdict = "met" if row["ratio"] <= row["target"] else "**missed**"
+    return (
+        "| {case} | {base_s:.2f} | {ours_s:.2f} | {ratio:.2f} | {target:.2f} ".format(**row)
+        + f"{verdict} |"
+    )
 
 
 def main() -> None:
-    """Run both."""
+    """Run both, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, help="a disk with room for three such models")
+    parser.add_argument("--out", type=Path, help="a directory for the page and the JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        bench_importance(Path(directory), options.rounds)
-        bench_pruning(Path(directory), options.gigabytes, options.rounds)
+        importance = bench_importance(Path(directory), options.rounds)
+        pruning = bench_pruning(Path(directory), options.gigabytes, options.rounds)
+    machine = describe_machine("cpu", 1, options.rounds)
+    page = _PAGE.format(
+        described=", ".join(f"{key} {value}" for key, value in machine.items()),
+        importance="\n".join(map(_line, importance)),
+        **{**pruning, "pruning": "\n".join(map(_line, pruning["rows"]))},
+    )
+    results = {"machine": machine, "importance": importance, "pruning": pruning}
+    write_results("pruning", page, results, options.out)
 
 
 if __name__ == "__main__":
