@@ -5,8 +5,6 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <optional>
-
 #include "../cuda/kernels.h"
 #include "activations_check.h"
 #include "cross_entropy_check.h"
@@ -15,9 +13,6 @@
 
 namespace minitron {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 Tensor new_statistics(const Tensor& student) {
     return at::empty({student.size(0), kNumStatistics}, student.options().dtype(at::kFloat));

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string>
 
 #include "../cuda/kernels.h"
@@ -14,21 +13,16 @@
 namespace minitron {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 Tensor sums(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
             const Tensor& merged, std::string kind, double parameter, int64_t valid_columns,
             double temperature) {
-    const int64_t tokens = student.size(0);
-    const auto args = divergence_arguments(arguments(student, teacher, std::nullopt, mask,
-                                                     valid_columns, 0, temperature, false, false),
-                                           kind, parameter, merged, tokens);
+    const auto args = divergence_arguments(student, teacher, std::nullopt, mask, merged, kind,
+                                           parameter, valid_columns, 0, temperature);
     const OnDevice device(student, {&teacher, pointer(mask), &merged});
-    Tensor out = at::empty({2, tokens}, merged.options());
-    check_launch(
-        cuda::divergence_sums(args, tokens, out.mutable_data_ptr<float>(), device.stream()),
-        "divergence_sums");
+    Tensor out = new_divergence_sums(merged);
+    check_launch(cuda::divergence_sums(args, student.size(0), out.mutable_data_ptr<float>(),
+                                       device.stream()),
+                 "divergence_sums");
     return out;
 }
 
@@ -36,12 +30,9 @@ void gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor
               const OptionalTensor& mask, const Tensor& merged, const Tensor& mean_slope,
               const Tensor& weights, std::string kind, double parameter, int64_t valid_columns,
               int64_t offset, double temperature, Tensor destination) {
-    const int64_t tokens = student.size(0);
-    const auto args = divergence_arguments(
-        arguments(student, teacher, labels, mask, valid_columns, offset, temperature, false, false),
-        kind, parameter, merged, tokens);
-    const DivergenceGradient to = {gradient_to(destination, student, weights, 2),
-                                   checked<float>(mean_slope, {tokens}, "mean_slope")};
+    const auto args = divergence_arguments(student, teacher, labels, mask, merged, kind, parameter,
+                                           valid_columns, offset, temperature);
+    const auto to = divergence_gradient_to(destination, student, weights, mean_slope);
     const OnDevice device(student, {&teacher, pointer(labels), pointer(mask), &merged, &mean_slope,
                                     &weights, &destination});
     check_launch(cuda::divergence_gradient(args, to, device.stream()), "divergence_gradient");
@@ -49,13 +40,12 @@ void gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor
 
 Tensor moments(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask,
                int64_t valid_columns) {
-    const int64_t tokens = student.size(0);
-    const auto args =
-        arguments(student, teacher, std::nullopt, mask, valid_columns, 0, 1, false, false);
+    const auto args = moments_arguments(student, teacher, std::nullopt, mask, valid_columns, 0);
     const OnDevice device(student, {&teacher, pointer(mask)});
-    Tensor out = at::empty({tokens, kNumMoments}, student.options().dtype(at::kFloat));
-    check_launch(cuda::logit_moments(args, tokens, out.mutable_data_ptr<float>(), device.stream()),
-                 "logit_moments");
+    Tensor out = new_moments(student);
+    check_launch(
+        cuda::logit_moments(args, student.size(0), out.mutable_data_ptr<float>(), device.stream()),
+        "logit_moments");
     return out;
 }
 
@@ -63,8 +53,7 @@ void moments_gradient(const Tensor& student, const Tensor& teacher, const Option
                       const OptionalTensor& mask, const Tensor& normalizers,
                       const Tensor& coefficients, const Tensor& by_cross_entropy,
                       int64_t valid_columns, int64_t offset, Tensor destination) {
-    const auto args =
-        arguments(student, teacher, labels, mask, valid_columns, offset, 1, false, false);
+    const auto args = moments_arguments(student, teacher, labels, mask, valid_columns, offset);
     const auto to = moments_gradient_to(destination, student, labels, normalizers, coefficients,
                                         by_cross_entropy);
     const OnDevice device(student, {&teacher, pointer(labels), pointer(mask), &normalizers,
@@ -72,32 +61,13 @@ void moments_gradient(const Tensor& student, const Tensor& teacher, const Option
     check_launch(cuda::logit_moments_gradient(args, to, device.stream()), "logit_moments_gradient");
 }
 
-SparseKLArguments sparse_arguments(const Tensor& student, const Tensor& ids, const Tensor& weights,
-                                   const OptionalTensor& labels, const OptionalTensor& mask,
-                                   int64_t valid_columns, int64_t offset, double temperature) {
-    check_valid_columns(student, valid_columns);
-    const int64_t tokens = student.size(0), known = ids.size(1);
-    return {.student = rows_of(student, "student"),
-            .tokens = tokens,
-            .columns = valid_columns,
-            .padding = student.size(1) - valid_columns,
-            .known = known,
-            .ids = checked<int64_t>(ids, {tokens, known}, "ids"),
-            .weights = checked<float>(weights, {tokens, known}, "weights"),
-            .labels = labels ? checked<int64_t>(*labels, {tokens}, "labels") : nullptr,
-            .label_offset = offset,
-            .mask = mask ? checked<bool>(*mask, {tokens}, "mask") : nullptr,
-            .temperature = static_cast<float>(temperature)};
-}
-
 Tensor sparse_statistics(const Tensor& student, const Tensor& ids, const Tensor& weights,
                          const OptionalTensor& labels, const OptionalTensor& mask,
                          int64_t valid_columns, int64_t offset, double temperature) {
-    const auto args =
-        sparse_arguments(student, ids, weights, labels, mask, valid_columns, offset, temperature);
+    const auto args = sparse_kl_arguments(student, ids, weights, labels, mask, valid_columns,
+                                          offset, temperature);
     const OnDevice device(student, {&ids, &weights, pointer(labels), pointer(mask)});
-    Tensor out =
-        at::empty({args.tokens, kNumSparseKLStatistics}, student.options().dtype(at::kFloat));
+    Tensor out = new_sparse_kl_statistics(student);
     check_launch(cuda::sparse_kl_statistics(args, out.mutable_data_ptr<float>(), device.stream()),
                  "sparse_kl_statistics");
     return out;
@@ -107,10 +77,10 @@ void sparse_gradient(const Tensor& student, const Tensor& ids, const Tensor& wei
                      const OptionalTensor& labels, const OptionalTensor& mask, const Tensor& merged,
                      const Tensor& upstream, int64_t valid_columns, int64_t offset,
                      double temperature, Tensor destination) {
-    const auto args =
-        sparse_arguments(student, ids, weights, labels, mask, valid_columns, offset, temperature);
+    const auto args = sparse_kl_arguments(student, ids, weights, labels, mask, valid_columns,
+                                          offset, temperature);
     const auto to = gradient_to(destination, student, upstream, 2);
-    const float* const from = checked<float>(merged, {args.tokens, 6}, "merged");
+    const float* const from = merged_sparse_kl(merged, student);
     const OnDevice device(student, {&ids, &weights, pointer(labels), pointer(mask), &merged,
                                     &upstream, &destination});
     Tensor scratch = at::empty({args.tokens, args.known}, weights.options());

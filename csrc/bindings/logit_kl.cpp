@@ -6,18 +6,14 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <vector>
-
 #include "logit_kl_check.h"
 #include "parallel.h"
 
 namespace minitron {
 namespace {
 
-using at::Tensor;
-
-Tensor statistics(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-                  const std::optional<Tensor>& mask, int64_t valid_columns, int64_t label_offset,
+Tensor statistics(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+                  const OptionalTensor& mask, int64_t valid_columns, int64_t label_offset,
                   double temperature, bool reverse, bool unit_sum) {
     const auto args = arguments(student, teacher, labels, mask, valid_columns, label_offset,
                                 temperature, reverse, unit_sum);
@@ -29,7 +25,7 @@ Tensor statistics(const Tensor& student, const Tensor& teacher, const std::optio
     return out;
 }
 
-std::tuple<Tensor, Tensor> merge(const Tensor& gathered, const std::optional<Tensor>& mask,
+std::tuple<Tensor, Tensor> merge(const Tensor& gathered, const OptionalTensor& mask,
                                  double temperature) {
     const auto [data, ranks, tokens, read] = merge_arguments(gathered, mask);
     const auto* const from = reinterpret_cast<const KLStatistics*>(data);
@@ -53,8 +49,8 @@ std::tuple<Tensor, Tensor> merge(const Tensor& gathered, const std::optional<Ten
     return {losses, merged};
 }
 
-void gradient(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-              const std::optional<Tensor>& mask, const Tensor& merged, const Tensor& weights,
+void gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+              const OptionalTensor& mask, const Tensor& merged, const Tensor& weights,
               int64_t valid_columns, int64_t label_offset, double temperature, bool reverse,
               bool unit_sum, Tensor destination) {
     const auto args = arguments(student, teacher, labels, mask, valid_columns, label_offset,
@@ -66,8 +62,8 @@ void gradient(const Tensor& student, const Tensor& teacher, const std::optional<
               [&](int64_t begin, int64_t end) { kernel(args, to, from, begin, end); });
 }
 
-Tensor fused(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-             const std::optional<Tensor>& mask, const Tensor& weights, int64_t valid_columns,
+Tensor fused(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+             const OptionalTensor& mask, const Tensor& weights, int64_t valid_columns,
              double temperature, bool reverse, bool unit_sum, Tensor destination) {
     const auto args =
         arguments(student, teacher, labels, mask, valid_columns, 0, temperature, reverse, unit_sum);
@@ -76,11 +72,8 @@ Tensor fused(const Tensor& student, const Tensor& teacher, const std::optional<T
     const auto kernel = logit_kl_fused_on_this_cpu(cpu_capability());
     float* const statistics = out.mutable_data_ptr<float>();
     share_out(student.size(0), 1, [&](int64_t begin, int64_t end) {
-        // Kept between calls: fresh memory of this size would be mapped, and faulted in, again.
-        thread_local std::vector<float> scratch;
-        const size_t size = logit_kl_scratch(valid_columns);
-        if (scratch.size() < size) scratch.resize(size);
-        kernel(args, to, statistics, scratch.data(), begin, end);
+        float* const scratch = scratch_of_thread<float>(logit_kl_scratch(valid_columns));
+        kernel(args, to, statistics, scratch, begin, end);
     });
     return out;
 }

@@ -12,6 +12,7 @@
 namespace minitron {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline LogitRows rows_of(const Tensor& logits, const char* name) {
     TORCH_CHECK(logits.dim() == 2, name, " must be [tokens, columns], not ", logits.sizes());
@@ -27,15 +28,18 @@ inline void check_valid_columns(const Tensor& logits, int64_t valid_columns) {
                 "valid_columns=", valid_columns, " of ", logits.size(1));
 }
 
+inline void check_temperature(double temperature) {
+    TORCH_CHECK(temperature > 0, "temperature=", temperature, " must be positive");
+}
+
 inline LogitKLArguments arguments(const Tensor& student, const Tensor& teacher,
-                                  const std::optional<Tensor>& labels,
-                                  const std::optional<Tensor>& mask, int64_t valid_columns,
-                                  int64_t label_offset, double temperature, bool reverse,
-                                  bool unit_sum) {
+                                  const OptionalTensor& labels, const OptionalTensor& mask,
+                                  int64_t valid_columns, int64_t label_offset, double temperature,
+                                  bool reverse, bool unit_sum) {
     TORCH_CHECK(student.sizes() == teacher.sizes(), "student ", student.sizes(), " and teacher ",
                 teacher.sizes(), " differ");
     check_valid_columns(student, valid_columns);
-    TORCH_CHECK(temperature > 0, "temperature=", temperature, " must be positive");
+    check_temperature(temperature);
     const int64_t tokens = student.size(0);
     return {.student = rows_of(student, "student"),
             .teacher = rows_of(teacher, "teacher"),
@@ -55,7 +59,7 @@ struct MergeArguments {
     const bool* mask;  // [tokens], or null
 };
 
-inline MergeArguments merge_arguments(const Tensor& gathered, const std::optional<Tensor>& mask) {
+inline MergeArguments merge_arguments(const Tensor& gathered, const OptionalTensor& mask) {
     TORCH_CHECK(gathered.dim() == 3, "gathered must be [t, tokens, 8], not ", gathered.sizes());
     const int64_t ranks = gathered.size(0), tokens = gathered.size(1);
     return {checked<float>(gathered, {ranks, tokens, kNumStatistics}, "gathered"), ranks, tokens,

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace minitron {
 
@@ -28,6 +29,15 @@ void share_out(int64_t count, int64_t least, const F& f) {
             f(begin, std::min(begin + share, count));
         }
     });
+}
+
+// Room for so many values, which the thread keeps between calls: fresh memory of such a size would
+// be mapped, and faulted in, again.
+template <typename T>
+T* scratch_of_thread(int64_t size) {
+    thread_local std::vector<T> scratch;
+    if (scratch.size() < static_cast<size_t>(size)) scratch.resize(size);
+    return scratch.data();
 }
 
 }  // namespace minitron

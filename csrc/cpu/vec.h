@@ -96,6 +96,39 @@ inline Vec add_product_where_positive(const Vec& weight, const Vec& x, const Vec
 #endif
 }
 
+// sum + x in the lanes whose bits are set.
+inline Vec add_lanes(unsigned lanes, const Vec& x, const Vec& sum) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_mask_add_ps(sum, static_cast<__mmask16>(lanes), sum, x);
+#elif defined(CPU_CAPABILITY_AVX2)
+    const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bits);
+    const __m256 chosen = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits));
+    return sum + Vec(_mm256_and_ps(chosen, x));
+#else
+    alignas(64) float values[kLanes];
+    x.store(values);
+    for (int64_t i = 0; i < kLanes; ++i) values[i] = lanes >> i & 1 ? values[i] : 0.f;
+    return sum + load(values);
+#endif
+}
+
+// Bits of the lanes in which x is not below bound, as NaN never is.
+inline unsigned not_below(const Vec& x, const Vec& bound) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return _mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ);
+#elif defined(CPU_CAPABILITY_AVX2)
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_NLT_UQ)));
+#else
+    alignas(64) float values[kLanes], bounds[kLanes];
+    x.store(values);
+    bound.store(bounds);
+    unsigned lanes = 0;
+    for (int64_t i = 0; i < kLanes; ++i) lanes |= !(values[i] < bounds[i]) << i;
+    return lanes;
+#endif
+}
+
 // Two vectors to 2 kLanes consecutive elements, rounded to nearest even. Streaming goes past the
 // caches, which saves reading the destination first; it needs `to` aligned to a vector.
 inline void store_pair(float* to, const Vec& a, const Vec& b, bool streaming) {

@@ -1,5 +1,5 @@
-// Arguments of the kernels of minitron/ops/divergences.py, logit_moments.py and
-// sparse_kl.py, on any device.
+// Arguments of the kernels of minitron/ops/divergences.py, logit_moments.py, sparse_kl.py and
+// top_tokens.py, on any device.
 
 #pragma once
 
@@ -49,9 +49,21 @@ struct SparseKLArguments {
     float temperature;         // τ
 };
 
+constexpr int kNumSparseKLMerged = 6;
+
 // Over the whole vocabulary, as minitron/ops/sparse_kl.py merges them.
 struct SparseKLMerged {
     float m, total, off, unit, mass, rest;
+};
+static_assert(sizeof(SparseKLMerged) == kNumSparseKLMerged * sizeof(float));
+
+struct TopTokensArguments {
+    LogitRows rows;
+    int64_t tokens, columns;
+    int64_t slots;      // tokens wanted of each row, some of which stay empty if columns are fewer
+    int64_t first_id;   // of the first column
+    const bool* mask;   // [tokens] rows to read, or null for all
+    float temperature;  // τ
 };
 
 }  // namespace minitron

@@ -18,9 +18,7 @@ _library = torch.library.Library("minitron", "DEF")
 extension_built = importlib.util.find_spec("minitron._C") is not None
 kernel_devices: tuple[str, ...] = ()
 if extension_built:
-    kernel_devices = (
-        importlib.import_module("minitron._C").build_information().get("devices", ("cpu",))
-    )
+    kernel_devices = importlib.import_module("minitron._C").build_information()["devices"]
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _noticed = False
 _logger = logging.getLogger("minitron")  # that of minitron.metrics, without what that imports

@@ -14,9 +14,9 @@ number (arXiv:2503.16870) is an unbiased one. Either way
 
     ∂L/∂x = (Σ_S w + q₀) p − w on S,    (Σ_S w + q₀) p − q₀ p/p₀ elsewhere
 
-Only the student's logits are swept. A rank keeps, relative to its own maximum m, the sums of its
-columns on S and off S and the cross term Σ w (ln w − x): one all-gather merges them. p₀ is summed
-up, never taken as 1 − Σ_S p, which would leave it no digits.
+Only the student's logits are swept. A rank keeps, relative to an m near its maximum, the sums of
+its columns on S and off S and the cross term Σ w (ln w − x): one all-gather merges them. p₀ is
+summed up, never taken as 1 − Σ_S p, which would leave it no digits.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron.ops.library import define
 from minitron.ops.objectives import (
     KnownTokens,
     Logits,
@@ -66,7 +67,8 @@ def top_tokens(
         stands where a token has no more successors that are possible or needed.
     """
     options = (valid_columns, first_column(logits, tp_group), temperature)
-    gathered = gather_statistics(candidates(logits.detach().flatten(0, -2), k, *options), tp_group)
+    put_forward = candidates(logits.detach().flatten(0, -2), None, k, *options)
+    gathered = gather_statistics(put_forward, tp_group)
     ids, log_probabilities = choose(gathered, k, p, temperature)
     return ids.view(*logits.shape[:-1], -1), log_probabilities.view(*logits.shape[:-1], -1)
 
@@ -83,17 +85,24 @@ class TopKL(Objective):
         """See `Objective`."""
         put_forward = candidates(
             logits.teacher_logits,
+            logits.mask,
             self.k,
             logits.valid_columns,
             logits.offset,
             logits.temperature,
         )
-        whole, _, gathered = yield from kl_losses(logits, extra=put_forward)
+        if logits.forward_kl:
+            unlabelled = dataclasses.replace(logits, labels=None)  # SparseKL has their loss
+            whole, _, gathered = yield from kl_losses(unlabelled, extra=put_forward)
+        else:
+            wait = start_gathering(put_forward, logits.tp_group)
+            yield
+            gathered = wait()
         known = KnownTokens(*choose(gathered, self.k, self.p, logits.temperature))
         losses, saved = yield from SparseKL(tail=True).losses(
             dataclasses.replace(logits, teacher=known)
         )
-        return losses._replace(forward_kl=whole[0]), saved
+        return losses._replace(forward_kl=whole[0]) if logits.forward_kl else losses, saved
 
     def gradient(self, logits: Logits, saved: Saved, weights: Tensor, destination: Tensor) -> None:
         """See `Objective`."""
@@ -128,10 +137,12 @@ def rows_of_positions(chunk: slice, tokens: Tensor, stride: int) -> Tensor | sli
     return rows.to(tokens.device, non_blocking=True)
 
 
-def candidates(rows: Tensor, k: int, valid_columns: int, offset: int, temperature: float) -> Tensor:
+def _candidates(
+    rows: Tensor, mask: Tensor | None, k: int, valid_columns: int, offset: int, temperature: float
+) -> Tensor:
     """What one rank puts forward, [tokens, 2 + 2k]: maximum, Σ e^(y−max), logits, ids.
 
-    Ids are exact in fp32 below 2²⁴.
+    Ids ascend; they are exact in fp32 below 2²⁴.
     """
     dtype = accumulation_dtype(rows.dtype)
     k = min(k, rows.size(1))
@@ -150,6 +161,8 @@ def candidates(rows: Tensor, k: int, valid_columns: int, offset: int, temperatur
             ids[chunk, :few] = (columns + offset).to(dtype)
             maximum[chunk] = y.amax(1).clamp(min=NO_COLUMNS)
             total[chunk] = ((y - maximum[chunk, None]) / temperature).exp_().sum(1)
+    if mask is not None:
+        out[~mask] = out.new_tensor([NO_COLUMNS, 0] + [-torch.inf] * k + [-1] * k)
     return out
 
 
@@ -183,3 +196,13 @@ def _largest(x: Tensor, k: int) -> Tensor:
     keep = larger | (equal & (equal.cumsum(1) <= k - larger.sum(1, keepdim=True)))
     wanted = torch.arange(1, k + 1, device=x.device).expand(x.size(0), -1).contiguous()
     return torch.searchsorted(keep.cumsum(1), wanted)  # nonzero() would wait for the device
+
+
+candidates = define(
+    "top_candidates(Tensor rows, Tensor? mask, int k, int valid_columns, int offset,"
+    " float temperature) -> Tensor",
+    reference=_candidates,
+    fake=lambda rows, mask, k, *_: rows.new_empty(
+        rows.size(0), 2 + 2 * min(k, rows.size(1)), dtype=accumulation_dtype(rows.dtype)
+    ),
+)

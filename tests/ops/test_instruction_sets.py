@@ -9,8 +9,11 @@ import torch
 
 from minitron.ops import library
 
-OPS = ("logit_kl", "cross_entropy", "objectives", "activation_stats", "block_cosine")
-SELECTED = "(gradient or rising or lone or impossible or tiles or sums or norms or cosine)"
+OPS = (
+    *("logit_kl", "cross_entropy", "objectives", "sparse_kl", "top_tokens"),
+    *("activation_stats", "block_cosine"),
+)
+SELECTED = "(gradient or rising or lone or impossible or tiles or equal or sums or norms or cosine)"
 KINDS = ("DEFAULT", "AVX2", "AVX512")  # each includes those before
 OF_THIS_CPU = torch.backends.cpu.get_cpu_capability()
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from minitron.ops import library
+from minitron.ops import sparse_kl as module
 from minitron.ops.logit_kl import logit_kl
 from minitron.ops.sparse_kl import sparse_kl
 from minitron.ops.top_tokens import top_tokens
@@ -190,7 +192,62 @@ def _op_arguments(dtype=torch.float32):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+KERNEL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+LONG = 20001
+
+
+def _long_rows(dtype):
+    """Rows of several tiles, strided, of which one rises far above its first tile in the last."""
+    student = (3 * torch.randn(9, LONG + 7) + 300).to(dtype)[:, :LONG]
+    student[1, 19000], student[2, :9000] = 385, -torch.inf
+    student[3, 100:200] = -torch.inf
+    ids = torch.rand(9, LONG).topk(70).indices + 50  # the last few are another rank's
+    ids[4, ::3] = -1
+    ids[1, ids[1] == 19050] = -1
+    ids[1, 5] = 19050
+    weights = torch.rand(9, 70) / 70
+    weights[5, 3] = 0
+    labels, mask = torch.randint(50, LONG, (9,)), torch.arange(9) != 6
+    labels[7] = ids[7, 2]
+    student[6] = torch.nan  # masked
+    return student, ids, weights, labels, mask
+
+
+@KERNEL_DTYPES
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
+@pytest.mark.skipif(not library.extension_built, reason="the extension is not built")
+def test_kernels_equal_their_references(dtype, temperature, labelled):
+    torch.seed()
+    student, ids, weights, labels, mask = _long_rows(dtype)
+    rows = (ids, weights, labels if labelled else None, mask)
+    options = (LONG - 3, 50, temperature)
+    found = torch.ops.minitron.sparse_kl_statistics(student, *rows, *options)[mask].double()
+    expected = module._statistics(student.double(), ids, weights.double(), *rows[2:], *options)
+    expected = expected[mask]
+    m, shift = found[:, 0], (found[:, 0] - expected[:, 0]) / temperature
+    torch.testing.assert_close(
+        torch.stack([*found[:, 1:3].log().t() + shift, found[:, 3] - shift * found[:, 4]]),
+        torch.stack([*expected[:, 1:3].log().t(), expected[:, 3]]),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+    torch.testing.assert_close(found[:, 4], expected[:, 4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[:, 6], expected[:, 6], rtol=0, atol=0)
+    if labelled:
+        log_sums = (m + found[:, 5].log(), expected[:, 0] + expected[:, 5].log())
+        torch.testing.assert_close(*log_sums, rtol=1e-6, atol=0)
+    merged = torch.stack([student.amax(1), *(torch.rand(5, 9) + 0.5)], 1)
+    upstream = torch.rand(2, 9)
+    gradients = [student.clone(), torch.empty_like(student)]
+    torch.ops.minitron.sparse_kl_gradient(
+        gradients[0], *rows, merged, upstream, *options, gradients[0]
+    )
+    module._gradient(student, *rows, merged, upstream, *options, gradients[1])
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(*gradients, rtol=rounding, atol=1e-6)
+
+
+@KERNEL_DTYPES
 @pytest.mark.parametrize("name", list(_op_arguments()))
 def test_ops_keep_the_contract_of_torch(name, dtype):
     torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments(dtype)[name])

@@ -1,11 +1,16 @@
 """The most probable tokens against sorting whole logits, on 1, 2 and 4 ranks."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minitron.ops.top_tokens import top_tokens
+from minitron.ops import top_tokens as module
+from minitron.ops.logit_kl import logit_kl
+from minitron.ops.objectives import Logits, completed
+from minitron.ops.top_tokens import TopKL, top_tokens
 from tests.harness import run_distributed
 from tests.ops.shards import DTYPES, B, S, shard
 
@@ -72,3 +77,50 @@ def test_top_k_is_never_more_than_the_vocabulary():
     ids, log_q = top_tokens(torch.randn(2, 1, 7), 100, valid_columns=5)
     assert ids.shape == log_q.shape == (2, 1, 7)
     assert ids.sort(-1).values.tolist() == [[[-1, -1, 0, 1, 2, 3, 4]]] * 2
+
+
+def _rows(dtype, columns):
+    rows = 3 * torch.randn(9, columns) + 300
+    rows[1, 2:] = -torch.inf
+    rows[2] = rows[2].round()  # ties
+    rows[3] = 5.0
+    rows[4, columns // 2] = torch.nan  # taken for the largest
+    rows[5] = torch.linspace(0, 300, columns)
+    rows[6] = -torch.inf
+    rows[7] = torch.nan  # masked
+    return rows.to(dtype), torch.arange(9) != 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("columns", "k"), [(5, 1), (5, 9), (333, 1), (333, 40), (333, 333), (20001, 1), (20001, 300)]
+)
+def test_kernel_equals_its_reference(dtype, columns, k):
+    torch.seed()
+    rows, mask = _rows(dtype, columns + 7)
+    arguments = (rows, mask, k, columns, 4 * columns, 1.7)
+    found = torch.ops.minitron.top_candidates(*arguments)
+    expected = module._candidates(*arguments)
+    torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=1e-5, atol=0, equal_nan=True)
+    found[:, 1] = expected[:, 1] = 0
+    found[4, 0] = expected[4, 0]  # beside a NaN
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op_keeps_the_contract_of_torch(dtype):
+    arguments = (torch.randn(6, 40).to(dtype), torch.rand(6) < 0.5, 7, 33, 80, 1.3)
+    torch.library.opcheck(torch.ops.minitron.top_candidates, arguments)
+
+
+def test_the_whole_kl_is_not_swept_unless_asked_for(monkeypatch):
+    student, teacher = torch.randn(2, 6, 40)
+    logits = Logits(student, teacher, 40)
+    losses, _ = completed(TopKL(7).losses(logits))
+    monkeypatch.delattr(module, "kl_losses")
+    unasked, _ = completed(TopKL(7).losses(dataclasses.replace(logits, forward_kl=False)))
+    assert torch.equal(unasked.objective, losses.objective)
+    torch.testing.assert_close(
+        losses.forward_kl, logit_kl(student[:, None], teacher[:, None], valid_columns=40)[:, 0]
+    )
