@@ -69,7 +69,7 @@ def top_tokens(
     options = (valid_columns, first_column(logits, tp_group), temperature)
     put_forward = candidates(logits.detach().flatten(0, -2), None, k, *options)
     gathered = gather_statistics(put_forward, tp_group)
-    ids, log_probabilities = choose(gathered, k, p, temperature)
+    ids, log_probabilities = choose(gathered, k, p, temperature, ordered=True)
     return ids.view(*logits.shape[:-1], -1), log_probabilities.view(*logits.shape[:-1], -1)
 
 
@@ -166,24 +166,32 @@ def _candidates(
     return out
 
 
-def choose(gathered: Tensor, k: int, p: float | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Ids and log-probabilities [tokens, k'] from all ranks' candidates [t, tokens, 2 + 2k]."""
+def choose(
+    gathered: Tensor, k: int, p: float | None, temperature: float, *, ordered: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [tokens, k'] from all ranks' candidates [t, tokens, 2 + 2k].
+
+    They go by probability if that is asked for or `p` needs it, else by id.
+    """
     maxima, totals = gathered[..., 0], gathered[..., 1]
     put_forward = gathered[..., 2:].unflatten(2, (2, -1))  # [t, tokens, 2, k]
     values, ids = put_forward.permute(2, 1, 0, 3).flatten(2)  # [tokens, t k], ids ascending
     maximum = maxima.amax(0)
     log_sum = (totals * ((maxima - maximum) / temperature).exp()).sum(0).log()
 
-    columns = _largest(values, min(k, values.size(1)))
-    values, ids = values.gather(1, columns), ids.gather(1, columns)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order).long()
+    if k < values.size(1):
+        columns = _largest(values, k)
+        values, ids = values.gather(1, columns), ids.gather(1, columns)
+    if ordered or p is not None:
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        ids = ids.gather(1, order)
     log_probabilities = (values - maximum[:, None]) / temperature - log_sum[:, None]
     needless = values == -torch.inf
     if p is not None:
         probabilities = log_probabilities.exp()
         needless |= probabilities.cumsum(1) - probabilities >= p
-    return ids.masked_fill(needless, -1), log_probabilities.masked_fill(needless, -torch.inf)
+    ids = ids.long().masked_fill(needless, -1)
+    return ids, log_probabilities.masked_fill(needless, -torch.inf)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:

@@ -3,6 +3,8 @@
 Every op runs in a process of its own, once with glibc's default allocator, which gives large
 tensors back to the system and pays page faults for them again each time, and once with a warm heap,
 which is what a long training run has. On a GPU (`--device cuda`) torch has an allocator of its own.
+
+Ops that are not asked for keep the results that they have.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,9 @@ WARM_HEAP = {
 }
 ALLOCATORS = {"warm": WARM_HEAP, "default": {}}
 DEVICES = {"cpu": ["warm", "default"], "cuda": ["default"]}
+WITH_ONE_HEAP = (
+    "objectives",
+)  # the first; their number is large, and the second tells nothing new
 
 
 def main() -> None:
@@ -59,18 +65,19 @@ def main() -> None:
     if args.peak is not None:
         print(json.dumps(dataclasses.asdict(linear_kl.peak(args.peak, args.device))))
         return
-    results: list[dict[str, Any]] = []
     for op in args.ops or OPS:
-        for allocator in args.allocator or DEVICES[args.device]:
+        rows = []
+        allocators = DEVICES[args.device][: 1 if op in WITH_ONE_HEAP else None]
+        for allocator in args.allocator or allocators:
             for row in _child(op, allocator, args):
-                results.append({"allocator": allocator, **row})
-                print(_line(results[-1]), flush=True)
-    peaks = []
-    if "linear_kl" in (args.ops or OPS):
-        for number in range(len(linear_kl.PEAKS[args.device])):
+                rows.append({"allocator": allocator, **row})
+                print(_line(rows[-1]), flush=True)
+        peaks = []
+        for number in range(len(linear_kl.PEAKS[args.device]) if op == "linear_kl" else 0):
             peaks.append(_run("default", args, "--peak", str(number))[0])
             print(_peak_line(peaks[-1]), flush=True)
-    _write(args.out, results, peaks, args)
+        machine = describe_machine(args.device, args.threads, args.rounds)
+        _write(args.out, args.device, op, {"machine": machine, "results": rows, "peaks": peaks})
 
 
 def _child(op: str, allocator: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -133,26 +140,22 @@ _HEADER = (
 )
 
 
-def _write(
-    directory: Path,
-    results: list[dict[str, Any]],
-    peaks: list[dict[str, Any]],
-    args: argparse.Namespace,
-) -> None:
-    machine = describe_machine(args.device, args.threads, args.rounds)
-    name, page = {"cpu": ("kernels_cpu", _CPU_PAGE), "cuda": ("kernels_gpu", _GPU_PAGE)}[
-        args.device
-    ]
+def _write(directory: Path, device: str, op: str, results: dict[str, Any]) -> None:
+    """Put an op's results in the place of its former ones, and write the page of all."""
+    name, page = {"cpu": ("kernels_cpu", _CPU_PAGE), "cuda": ("kernels_gpu", _GPU_PAGE)}[device]
+    path = directory / f"{name}.json"
+    every = {**(json.loads(path.read_text()) if path.exists() else {}), op: results}
+    every = {op: every[op] for op in OPS if op in every}
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(
-        json.dumps({"machine": machine, "results": results, "peaks": peaks}, indent=1) + "\n"
-    )
-    described = ", ".join(f"{key} {value}" for key, value in machine.items())
-    table = "\n".join([_HEADER, *map(_line, results)])
-    memory = "\n".join(map(_peak_line, peaks))
-    (directory / f"{name}.md").write_text(
-        page.format(described=described, table=table) + _MEMORY.format(memory=memory)
-    )
+    path.write_text(json.dumps(every, indent=1) + "\n")
+    (directory / f"{name}.md").write_text(page + "".join(starmap(_section, every.items())))
+
+
+def _section(op: str, results: dict[str, Any]) -> str:
+    described = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    table = "\n".join([_HEADER, *map(_line, results["results"])])
+    memory = "\n".join([_MEMORY, *map(_peak_line, results["peaks"])]) if results["peaks"] else ""
+    return f"\n## {op}\n\n{described}\n\n{table}\n{memory}\n".rstrip("\n") + "\n"
 
 
 _CPU_PAGE = """# Kernels on a CPU
@@ -164,11 +167,7 @@ ratios mean anything, and even those vary from run to run: kernels.md says by ho
 a copy measured in the same rounds. Targets are speeds, found and wanted, in multiples of another
 variant's: 0.8 × bare GEMMs is 1.25 times their time.
 
-Nothing on this page comes from a GPU.
-
-{described}
-
-{table}
+An op's section says when that op ran, and beside what load. Nothing on this page comes from a GPU.
 """
 
 _GPU_PAGE = """# Kernels on a GPU
@@ -177,14 +176,10 @@ Written by `make gpu-check`; the same numbers as JSON are in kernels_gpu.json. V
 run in turn, each several times a round, and a time is the median of the rounds. "GB/s" is what the
 variant must move at least, divided by its time; "of copy" compares that with a copy measured in
 the same rounds.
-
-{described}
-
-{table}
 """
 
 _MEMORY = """
-## Peak memory of linear_kl
+### Peak memory
 
 What one step, forward and backward, adds to the peak beyond its inputs. Its results are gradients
 of the hidden states and of the head, which is summed up in fp32. For the rest the bound is 64 bytes
@@ -193,9 +188,7 @@ the rest also holds what libraries set aside for large products.
 
 | variant | dtype | tokens | hidden size | vocabulary | tokens of a chunk | MB | of them gradients \
 | rest | bound |
-|---|---|---|---|---|---|---|---|---|---|
-{memory}
-"""
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 if __name__ == "__main__":
