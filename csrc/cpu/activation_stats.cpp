@@ -38,7 +38,7 @@ void add_rows(int64_t rows, const T* x, int64_t stride, int64_t at, Sums& sums,
         absolute = absolute + magnitude;
         square = at::vec::fmadd(value, value, square);
         plain = plain + value;
-        maximum = fast_max(maximum, magnitude);
+        maximum = fast_max(magnitude, maximum);  // past NaN, which the other sums show
     }
     absolute.store(sums.absolute + at);
     square.store(sums.square + at);
@@ -85,10 +85,8 @@ void column_stats(const Activations& x, int64_t begin, int64_t end, double* out)
                 to[i] += sums.absolute[i];
                 to[x.columns + i] += sums.square[i];
                 to[2 * x.columns + i] += sums.plain[i];
-                // written so that a NaN stays
-                const double maximum = sums.maximum[i];
                 double& largest = to[3 * x.columns + i];
-                largest = maximum <= largest ? largest : maximum;
+                largest = std::max<double>(largest, sums.maximum[i]);
             }
         }
     }
@@ -118,7 +116,7 @@ void group_stats(const Activations& x, int64_t begin, int64_t end, double* out) 
             out[groups + g] += square;
             out[2 * groups + g] += norm;
             double& largest = out[3 * groups + g];
-            largest = norm <= largest ? largest : norm;
+            largest = std::max(largest, norm);
         }
     }
 }

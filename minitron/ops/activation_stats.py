@@ -25,7 +25,7 @@ class ActivationStats(NamedTuple):
     sum: Tensor
     """Σx."""
     abs_max: Tensor
-    """max|x|; 0 for an empty sequence."""
+    """max|x|; 0 for an empty sequence. Kernels pass over NaN, which the sums show."""
 
 
 def activation_stats(x: Tensor, *, group: int = 1) -> ActivationStats:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minitron.ops import library
 from minitron.ops.activation_stats import activation_stats
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -67,11 +68,16 @@ def test_the_same_digits_every_time(group, device):
     assert torch.equal(first, second)
 
 
-def test_nan_is_seen(device):
+@pytest.mark.parametrize("row", [3, 255, 599])
+def test_nan_is_seen_and_the_maximum_passes_over_it(row, device):
     x = torch.zeros(600, 1, 40, device=device)
-    x[3, 0, 7] = torch.nan
-    for sums in activation_stats(x)[:3]:
-        assert sums.isnan().sum() == 1
+    x[2, 0, 7] = 5
+    x[row, 0, 7] = torch.nan
+    *sums, largest = activation_stats(x)
+    for total in sums:
+        assert total.isnan().sum() == 1
+    if library.extension_built:
+        assert largest.max() == 5
 
 
 @pytest.mark.parametrize("group", [1, 6])

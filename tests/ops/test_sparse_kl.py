@@ -243,8 +243,8 @@ def test_kernels_equal_their_references(dtype, temperature, labelled):
         gradients[0], *rows, merged, upstream, *options, gradients[0]
     )
     module._gradient(student, *rows, merged, upstream, *options, gradients[1])
-    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(*gradients, rtol=rounding, atol=1e-6)
+    unit = 2.0**-7 if dtype == torch.bfloat16 else 1e-5  # a tie may go either way
+    torch.testing.assert_close(*gradients, rtol=unit, atol=1e-6)
 
 
 @KERNEL_DTYPES
