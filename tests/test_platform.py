@@ -1,5 +1,7 @@
 """What the platform layer changes where there is no GPU, and what it leaves alone."""
 
+import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +175,32 @@ def test_what_waits_in_host_memory_comes_back():
     assert first.data_ptr() != second.data_ptr()
     assert torch.equal(first.cpu(), expected)
     assert torch.equal(second.cpu(), expected)
+
+
+_FAULTS = """
+import ctypes, resource, torch
+from minitron import platform
+
+def allocate():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 20) for _ in range(24)]  # 4 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: glibc moves it, else
+default = allocate()
+platform.keep_freed_memory()
+allocate(), allocate()
+print(default, allocate())
+platform.release_memory()
+print(allocate())
+"""
+
+
+@without_gpu
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
+def test_freed_memory_is_kept_until_it_is_released():
+    default, kept, released = map(int, _run(_FAULTS).stdout.split())
+    pages = 96 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert default > 0.9 * pages
+    assert kept < 0.5 * pages  # a block may not fit where another was
+    assert released > 0.9 * pages

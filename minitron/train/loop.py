@@ -74,6 +74,7 @@ class Trainer:
         self.position = Position()
         self.wrapped = [wrap_chunk(chunk) for chunk in model]
         self.optimizer = build_optimizer(self.wrapped, config)
+        platform.keep_freed_memory()
 
     @property
     def step(self) -> int:
