@@ -37,7 +37,7 @@ from minitron.ops.vocab_parallel import (
 
 # Enough to keep GEMMs efficient and the head's weights seldom read, which a CPU is with less.
 CHUNK_TOKENS = 2048
-CHUNK_TOKENS_ON_CPU = 1024
+CHUNK_TOKENS_ON_CPU = 512
 
 # Of a head's gradient, to be changed at a time: what stands between does not leave the cache.
 _HEAD_ROWS = 4096
