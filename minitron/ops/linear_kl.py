@@ -106,7 +106,7 @@ def linear_kl(
 
     Raises:
         RuntimeError: in the backward pass, if the incoming gradient is not proportional to
-            `token_weights`.
+            `token_weights`, or if it is the second one.
     """
     assert labels is not None or lm_weight == 0, "lm_weight needs labels"
     if tp_group is not None and tp_group.size() == 1:

@@ -215,6 +215,20 @@ def test_a_gradient_out_of_proportion_is_refused():
         result.loss.square().sum().backward()
 
 
+@DTYPES
+def test_going_backward_twice_is_refused(dtype):
+    (hidden, head, teacher, teacher_head), _, mask = _inputs(0, dtype)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    states = TeacherHidden(teacher, teacher_head)
+    loss = (
+        linear_kl(hidden, head, states, token_weights=mask, valid_columns=VOCAB).loss * mask
+    ).sum()
+    loss.backward(retain_graph=True)  # scales the gradients in place
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_masked_tokens_alone():
     (hidden, head, teacher, teacher_head), _, mask = _inputs(0, torch.float32)
     hidden.requires_grad_()
