@@ -16,7 +16,7 @@ constexpr float kNegligible = 1e-30f;
 
 // x ln(x/mixture), nothing where x is.
 Vec information(const Vec& x, const Vec& mixture) {
-    return Vec::blendv(Vec(0.f), x * (x / mixture).log(), x > Vec(kNegligible));
+    return Vec::blendv(Vec(0.f), x * log_of_normal(x / mixture), x > Vec(kNegligible));
 }
 
 struct Terms {

@@ -86,6 +86,39 @@ inline Vec exp2(const Vec& z) {
 #endif
 }
 
+// ln x for normal x > 0, to two units in the last place: with x = m 2^e and √½ ≤ m < √2, a
+// polynomial in m − 1 (Cephes' logf). Unlike at::vec's, it is no call that every register must be
+// saved for.
+inline Vec log_of_normal(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+    const Vec m = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
+    const Vec exponent = _mm512_cvtepi32_ps(e);
+#elif defined(CPU_CAPABILITY_AVX2)
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+    const Vec m = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23)));
+    const Vec exponent = _mm256_cvtepi32_ps(e);
+#else
+    return x.log();
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    const Vec f = m - Vec(1.f), square = f * f;
+    Vec p = at::vec::fmadd(Vec(7.0376836292e-2f), f, Vec(-1.1514610310e-1f));
+    p = at::vec::fmadd(p, f, Vec(1.1676998740e-1f));
+    p = at::vec::fmadd(p, f, Vec(-1.2420140846e-1f));
+    p = at::vec::fmadd(p, f, Vec(1.4249322787e-1f));
+    p = at::vec::fmadd(p, f, Vec(-1.6668057665e-1f));
+    p = at::vec::fmadd(p, f, Vec(2.0000714765e-1f));
+    p = at::vec::fmadd(p, f, Vec(-2.4999993993e-1f));
+    p = at::vec::fmadd(p, f, Vec(3.3333331174e-1f));
+    p = at::vec::fmadd(exponent, Vec(-2.12194440e-4f), p * f * square);
+    p = at::vec::fmadd(Vec(-0.5f), square, p);
+    return at::vec::fmadd(exponent, Vec(0.693359375f), f + p);
+#endif
+}
+
 // Where weight > 0: sum + weight · x; elsewhere sum, whatever x is.
 inline Vec add_product_where_positive(const Vec& weight, const Vec& x, const Vec& sum) {
 #if defined(CPU_CAPABILITY_AVX512)
