@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from minitron import artifact
+from minitron.data.indexed import TokenStream
 from minitron.data.preprocess import preprocess
 from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
 from minitron.model import hf
@@ -83,6 +84,9 @@ def world(tmp_path_factory, forked):
     (root / "run").mkdir()
     recipe = forked("train", *TRAIN, "--out", "run", "--print_config", cwd=root)
     (root / "run" / "recipe.yaml").write_text(recipe.out)
+    inputs = {"model": artifact.fingerprint(root / "model")}
+    inputs["data.path"] = f"{TokenStream(root / 'tokens').fingerprint:016x}"
+    (root / "run" / "inputs.json").write_text(json.dumps(inputs))
     (root / "run" / "checkpoints" / "iter_0000005").mkdir(parents=True)
     (root / "damaged").mkdir()
     (root / "damaged" / "recipe.yaml").write_text("train: {steps: 3")
@@ -394,7 +398,7 @@ MISTAKES = {
     "output over a run": (
         "train",
         (*TRAIN, "--out", "run"),
-        r"--out run is not empty \(it holds checkpoints and 1 more\); choose another directory or",
+        r"--out run is not empty \(it holds checkpoints and 2 more\); choose another directory or",
     ),
     "output over foreign files": (
         "importance",
