@@ -119,7 +119,8 @@ class Recipe:
     overwrite: bool = False
     """Replace `out` if minitron wrote it."""
     resume: bool = False
-    """Continue the run in `out` from its newest checkpoint; starts anew if there is none."""
+    """Continue the run in `out` from its newest checkpoint; starts anew if there is none. SIGTERM
+    and SIGUSR1 leave one behind."""
     allow_change: bool = False
     """Let `resume` go on with another data.seq_length, train.global_batch_size, train.steps or
     learning rate than the run had, or with other content of the model's or the data's path; ranks

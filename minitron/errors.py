@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions that end a stage without being bugs."""
 
 
 class MinitronError(Exception):
@@ -11,3 +11,10 @@ class MinitronError(Exception):
 
 class Diverged(MinitronError):
     """A training run whose loss is no number any more; one of another shape may fare better."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end, and it has saved what it needs to go on.
+
+    A launcher exits with a status that says so (`minitron.stage.STOPPED`).
+    """

@@ -14,27 +14,33 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from minitron import config
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, Stopped
 from minitron.metrics import launch_rank
 
 Recipe = TypeVar("Recipe")
 
 USER_ERROR = 2
 BUG = 1
+STOPPED = 75  # EX_TEMPFAIL: run it again, with --resume
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 GRACE_S = 10.0
 """How long a failed rank waits for torchrun to end it on behalf of the rank that speaks."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends before it takes the machine away."""
 
 _CHATTY = (
     "megatron",
@@ -53,7 +59,7 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
 
     Returns after success. A failure ends the process: with status 2 and one line `error: ...` for a
     `MinitronError`, 130 for an interrupt, 1 and a traceback for anything else; never by waiting for
-    other ranks.
+    other ranks. So does a signal that has stopped a run, with status 75.
     """
     configure_logging()
     try:
@@ -62,6 +68,8 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
     except MinitronError as error:
         _report(f"error: {error}")
         _exit(USER_ERROR)
+    except Stopped:
+        _exit(STOPPED)
     except KeyboardInterrupt:
         _exit(INTERRUPTED)
     except SystemExit:  # --help
@@ -75,6 +83,45 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
     distributed = _distributed()
     if distributed is not None:
         distributed.destroy_process_group()
+
+
+class StopRequest:
+    """Within the context, the signals of `STOP_SIGNALS` are noted and end nothing.
+
+    Signals come to each rank in its own time, or to one alone: ranks have to agree on when to heed
+    them.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        def note(*_: Any) -> None:
+            self.received = True
+
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def shielding_children() -> Iterator[None]:
+    """Within the context, start processes that `STOP_SIGNALS` do not end.
+
+    torchrun signals a rank's whole process group, of which what writes its checkpoints is part.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # children inherit it
+    try:
+        resource_tracker.ensure_running()  # a child, too; at its start Python unblocks SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def configure_logging() -> None:
@@ -153,7 +200,7 @@ def _exit(status: int) -> NoReturn:
     if _distributed() is None:
         sys.exit(status)
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()  # it may be shielded from SIGTERM
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

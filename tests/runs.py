@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minitron import platform
@@ -26,6 +28,7 @@ from minitron.data.batches import (
 from minitron.distill.intermediate import IntermediateConfig, IntermediateDistillation
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.errors import Stopped
 from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
@@ -84,11 +87,18 @@ def run_on(topology: str, function: Callable[..., Any], *args: Any) -> list[Any]
     return run_distributed(function, world_size, config, *args)
 
 
-def write_tokens(prefix: Path, count: int, *, seed: int = 0, repeat: int = 1) -> Path:
-    """Write random tokens, each several times, with megatron-core's builder; returns the prefix."""
+def write_tokens(
+    prefix: Path, count: int, *, seed: int = 0, repeat: int = 1, prompt: int = 0
+) -> Path:
+    """Write random tokens, each several times, with megatron-core's builder; returns the prefix.
+
+    They are one document, of which the first `prompt` tokens are a prompt.
+    """
     tokens = np.random.default_rng(seed).integers(VOCAB, size=count).repeat(repeat)[:count]
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    builder.add_document(tokens, [count])
+    builder.add_document(tokens, [prompt, count - prompt] if prompt else [count])
+    if prompt:
+        Path(f"{prefix}.json").write_text('{"prompts": 1}')
     builder.finalize(f"{prefix}.idx")
     return prefix
 
@@ -102,12 +112,20 @@ class MaskedBatches(TrainBatches):
 
     crash_at: int | None = None
     """Step (from 0) that never begins."""
+    prompts_at: int | None = None
+    """Step none of whose labels counts."""
+    stop_at: tuple[int, int, int] | None = None
+    """Step, rank and the signal that comes to it as it reads its first micro-batch."""
 
     def microbatches(self, first: int) -> Iterator[Batch]:
-        if self.crash_at is not None and first == self.crash_at * self.global_batch_size:
+        step = first // self.global_batch_size
+        if step == self.crash_at:
             raise Crash
         for batch in super().microbatches(first):
-            yield dataclasses.replace(batch, loss_mask=(batch.labels % 4 != 0).float())
+            if self.stop_at is not None and self.stop_at[:2] == (step, dist.get_rank()):
+                os.kill(os.getpid(), self.stop_at[2])
+            counted = batch.labels % 4 != 0 if step != self.prompts_at else batch.labels < 0
+            yield dataclasses.replace(batch, loss_mask=counted.float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +144,8 @@ class Run:
     seq_length: int = SEQ_LENGTH
     resume: bool = False
     crash_at: int | None = None
+    prompts_at: int | None = None
+    stop_at: tuple[int, int, int] | None = None
     until_step: int | None = None
 
 
@@ -139,7 +159,8 @@ def open_batches(run: Run, *, rank: int = 0, size: int = 1) -> MaskedBatches:
         data_parallel_size=size,
         seed=SEED,
     )
-    batches.crash_at = run.crash_at
+    batches.crash_at, batches.prompts_at = run.crash_at, run.prompts_at
+    batches.stop_at = run.stop_at
     return batches
 
 
@@ -211,7 +232,7 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
     if run.resume:
         trainer.resume()
     result = {}
-    with contextlib.suppress(Crash):
+    with contextlib.suppress(Crash, Stopped):
         result = trainer.run(run.until_step)
         dtype = platform.DTYPES[run.precision]
         save_model(model, run.out / "model", dtype=dtype, base_dir=run.model)

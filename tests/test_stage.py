@@ -14,9 +14,9 @@ import sys
 import time
 from dataclasses import dataclass
 
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, Stopped
 from minitron.metrics import log
-from minitron.stage import run
+from minitron.stage import StopRequest, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,12 @@ def main(recipe):
     if recipe.what == "sleep":
         print("asleep", flush=True)
         time.sleep(60)
+    if recipe.what == "step":
+        with StopRequest() as stop:
+            print("at a step", flush=True)
+            while not stop.received:
+                time.sleep(0.01)
+        raise Stopped
     if recipe.what == "flood":
         while True:
             print("line")
@@ -150,6 +156,22 @@ def test_an_interrupt_is_quiet(script):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, logged(err)) == (130, "at work\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_a_signal_stops_can_be_resumed(script, number):
+    process = start(script, "--what", "step")
+    assert process.stdout.readline() == "at a step\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, logged(err)) == (75, "at work\n")
+
+
+def test_where_nothing_can_be_resumed_a_signal_ends_the_process(script):
+    process = start(script, "--what", "sleep")
+    assert process.stdout.readline() == "asleep\n"
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

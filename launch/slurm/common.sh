@@ -24,8 +24,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # One hardware queue keeps tensor-parallel communication and computation in the order they are
 # issued in, which is what lets them overlap (up to Hopper).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# What a rank has to end in after a signal, so that a checkpoint under way is finished, not cut.
-# Stays below the 300 s of `#SBATCH --signal`.
+# What a rank has to end in after a signal, before torchrun kills it: time for the step under way and
+# a checkpoint. Stays below the 300 s of `#SBATCH --signal`; torchrun itself gives 30 s.
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-240}"
 
 die() {
@@ -44,10 +44,12 @@ run_stage() {
 # a job can run several.
 #
 # Near the time limit Slurm sends USR1 to this shell. It goes on to srun, which hands it to every
-# torchrun and so to the ranks. A job that ends in an error after that goes back into the queue
-# under its own number, and a stage that is given --resume continues where it was. The exit status
-# cannot tell a stopped run from a failed one (torchrun exits 1 either way), whether the signal came
-# can: an error without it is final.
+# torchrun and so to the ranks; training ones finish their step, save a checkpoint and end. A job that
+# ends in an error after that goes back into the queue under its own number, and a stage that is given
+# --resume continues where it was. The exit status cannot tell a stopped run from a failed one
+# (torchrun exits 1 either way), whether the signal came can: an error without it is final. Where jobs
+# are preempted, PreemptParameters=send_user_signal sends them the same signal, and GraceTime is their
+# time to save; ranks take SIGTERM for the same.
 run_step() {
     [[ -z "$signalled" ]] || requeue
     [[ -f "$1" ]] || die "no $1 in $PWD; submit from the checkout's root"

@@ -171,6 +171,7 @@ class TokenMeans:
         self._sums = torch.zeros(
             len(self._names) + 1, dtype=torch.float64, device=platform.device()
         )
+        self.votes = 0.0
 
     def add(self, values: Mapping[str, Tensor], loss_mask: Tensor) -> None:
         """Add a micro-batch's [s, b] values, weighted by its mask [b, s]."""
@@ -179,13 +180,18 @@ class TokenMeans:
             self._sums[i] += (values[name].detach() * mask).sum()
         self._sums[-1] += mask.sum()
 
-    def reduce(self) -> dict[str, float]:
-        """The means, with the number of `tokens`, the same on every rank; one collective."""
+    def reduce(self, *, vote: bool = False) -> dict[str, float]:
+        """The means, with the number of `tokens`, the same on every rank; one collective.
+
+        Args:
+            vote: to be counted in the same collective; `votes` then says how many ranks did.
+        """
         sums = self._sums
         if self._topology.tp_rank != 0:
             sums = torch.zeros_like(sums)  # tensor-parallel ranks hold the same tokens
+        sums = torch.cat([sums, sums.new_tensor([vote])])
         dist.all_reduce(sums)
-        *totals, tokens = sums.tolist()
+        *totals, tokens, self.votes = sums.tolist()
         means = {
             name: total / tokens if tokens else float("nan")
             for name, total in zip(self._names, totals, strict=True)

@@ -3,20 +3,25 @@
 `checkpoints/iter_0000100/` holds the sharded model, the optimizer and the run's position, and
 beside them the model's `config.json` and tokenizer, so that a checkpoint can be exported by itself.
 The directory is written under another name and renamed, so that a run killed while saving resumes
-from the one before. The data order is a function of the seed, and the models have no dropout: there
-is no other state. Checkpoints are pickles in part, to be loaded only from where one would run code.
+from the one before. What the ranks wrote has a CRC-32 in `checksums.json`, compared on loading: a
+flipped bit would otherwise stay in the run for good. The data order is a function of the seed, and
+the models have no dropout: there is no other state. Checkpoints are pickles in part, to be loaded
+only from where one would run code.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -28,8 +33,10 @@ from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
+from minitron.stage import shielding_children
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 # The sharding whose optimizer state can be read under another topology.
@@ -106,9 +113,13 @@ def save_checkpoint(
     parallel.on_rank_zero(create)
     state = _sharded_state(model, optimizer, is_loading=False)
     state |= _common(position, version=3.0)
-    dist_checkpointing.save(state, str(partial))
+    with shielding_children():
+        dist_checkpointing.save(state, str(partial))
+    names = parallel.on_rank_zero(lambda: sorted(file.name for file in partial.iterdir()))
+    checksums = _checksums(partial, names)
 
     def publish() -> None:
+        artifact.write_json(partial / CHECKSUMS, checksums)
         if files is not None:
             files.write(partial, model[0].arch)
         artifact.replace_directory(partial, path)
@@ -135,6 +146,7 @@ def load_checkpoint(
     """
     if not (path / "metadata.json").exists():
         raise MinitronError(f"{path} is not a torch_dist checkpoint (it has no metadata.json)")
+    _verify(path)
     if optimizer is not None:
         _create_state(optimizer)
     state = _sharded_state(model, optimizer, is_loading=True)
@@ -152,6 +164,46 @@ def load_checkpoint(
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
     return Position(int(loaded["iteration"]), int(loaded.get("consumed_tokens", 0)))
+
+
+def _checksums(directory: Path, names: Sequence[str]) -> dict[str, int | None]:
+    """CRC-32 of files, None of those that are missing; collective, each rank reads some of them."""
+    rank, size = parallel.world()
+    own = names[rank::size]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        found = dict(zip(own, pool.map(_checksum, [directory / name for name in own]), strict=True))
+    gathered: list[dict[str, int | None]] = [{} for _ in range(size)]
+    dist.all_gather_object(gathered, found)
+    return {name: checksum for part in gathered for name, checksum in part.items()}
+
+
+def _checksum(path: Path) -> int | None:
+    checksum = 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                checksum = zlib.crc32(piece, checksum)
+    except OSError:
+        return None
+    return checksum
+
+
+def _verify(path: Path) -> None:
+    """Refuse a checkpoint with a file that is not what was written; collective.
+
+    Checkpoints that came without checksums pass.
+    """
+    written = parallel.on_rank_zero(
+        lambda: artifact.read_json(path / CHECKSUMS) if (path / CHECKSUMS).exists() else {}
+    )
+    found = _checksums(path, list(written))
+    for name, checksum in written.items():
+        if found[name] != checksum:
+            fault = f"has CRC-32 {found[name]}, {CHECKSUMS} says {checksum}"
+            raise MinitronError(
+                f"{path / name} {'cannot be read' if found[name] is None else fault}; the "
+                "checkpoint is damaged: take another, or delete it to resume from the one before"
+            )
 
 
 def _common(position: Position, *, version: float) -> dict[str, Any]:

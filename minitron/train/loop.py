@@ -7,18 +7,19 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from minitron import parallel, platform
 from minitron.data.batches import Batch, EvalBatches, TrainBatches
-from minitron.errors import Diverged, MinitronError
+from minitron.errors import Diverged, MinitronError, Stopped
 from minitron.eval.perplexity import evaluate
 from minitron.metrics import MetricsWriter, log, progress
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import TokenMeans, run_schedule
+from minitron.stage import StopRequest
 from minitron.train.checkpoint import (
     ModelFiles,
     Position,
@@ -72,6 +73,9 @@ class Trainer:
         self.out = out
         self.files = files
         self.position = Position()
+        self._stop = StopRequest()
+        self._stops = False  # as all ranks have agreed
+        self._has_skipped = False
         self.wrapped = [wrap_chunk(chunk) for chunk in model]
         self.optimizer = build_optimizer(self.wrapped, config)
         platform.keep_freed_memory()
@@ -106,6 +110,9 @@ class Trainer:
     def run(self, until_step: int | None = None) -> dict[str, Any]:
         """Train to the last step, validating and saving on the way.
 
+        If any rank receives a signal to stop (`minitron.stage.STOP_SIGNALS`), all finish the step
+        under way and save a checkpoint. Should a validation be due, it is left out.
+
         Args:
             until_step: stop there, validated and with a checkpoint to go on from; the learning
                 rate is still on its way to the last step. A run that is beyond it stays where it
@@ -116,6 +123,7 @@ class Trainer:
 
         Raises:
             Diverged: a loss or the gradient norm is not finite; on all ranks alike.
+            Stopped: by a signal; a run resumed from the checkpoint ends as this one would have.
         """
         config = self.config
         end = config.steps if until_step is None else min(until_step, config.steps)
@@ -137,17 +145,15 @@ class Trainer:
             unit="tokens",
             enabled=enabled,
         )
-        with contextlib.closing(writer), bar:
+        with contextlib.closing(writer), bar, self._stop:
             while self.step < end:
                 record = self.train_step()
                 writer.write(record)
-                bar.update(
-                    self.tokens_per_step,
-                    step=self.step,
-                    loss=record["loss"],
-                    grad_norm=record["grad_norm"],
-                )
+                shown = {name: record[name] for name in ("loss", "grad_norm") if name in record}
+                bar.update(self.tokens_per_step, step=self.step, **shown)
                 last = self.step == end
+                if self._stops and not last:
+                    self._save_and_stop()
                 if last or (config.valid_interval and self.step % config.valid_interval == 0):
                     validated = self._validate(writer)
                 if (last and until_step is not None) or (
@@ -187,25 +193,48 @@ class Trainer:
             prepare=self.objective.prepare,
         )
         self.position = Position(self.step + 1, self.position.tokens + self.tokens_per_step)
-        lr = learning_rate(self.step, self.config)
-        set_learning_rate(self.optimizer, lr)
-        _, grad_norm, _ = self.optimizer.step()
-        losses = means.reduce()
-        losses.pop("tokens")
-        losses = self.objective.finish(losses)
-        if not (math.isfinite(losses[minimised]) and math.isfinite(grad_norm)):
-            raise self._diverged(
-                f"the loss is {losses[minimised]:g} and the gradient norm {grad_norm:g}"
-            )
+        losses = means.reduce(vote=self._stop.received)
+        self._stops = means.votes > 0
+        outcome = self._update(losses) if losses.pop("tokens") else self._skip()
+        platform.synchronize()
         return {
             "step": self.step,
-            **losses,
-            "lr": lr,
-            "grad_norm": float(grad_norm),
+            **outcome,
             "tokens": self.position.tokens,
             "tokens_per_second": self.tokens_per_step / (time.perf_counter() - start),
             "peak_memory_gb": platform.peak_memory_bytes() / 1e9,
         }
+
+    def _update(self, losses: dict[str, float]) -> dict[str, float]:
+        """Learn from the gradients of a step with these mean losses; what to log of it."""
+        lr = learning_rate(self.step, self.config)
+        set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        losses = self.objective.finish(losses)
+        loss = losses[self.objective.training_losses[0]]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise self._diverged(f"the loss is {loss:g} and the gradient norm {grad_norm:g}")
+        return {**losses, "lr": lr, "grad_norm": float(grad_norm)}
+
+    def _skip(self) -> dict[str, float]:
+        """Pass over a step without a label that counts, as long prompts may fill one."""
+        if not self._has_skipped:
+            self._has_skipped = True
+            log(
+                f"step {self.step} is skipped: none of the labels in its "
+                f"{self.config.global_batch_size} samples counts, they are all of prompts; "
+                "metrics.jsonl says `skipped` of this and any other such step"
+            )
+        return {"skipped": 1}
+
+    def _save_and_stop(self) -> NoReturn:
+        """End the run on all ranks, as it has to be resumed."""
+        self._save_checkpoint()
+        log(
+            f"stopped by a signal, with a checkpoint of step {self.step} for --resume to go on from"
+        )
+        parallel.barrier()  # where one rank ends, torchrun ends the others
+        raise Stopped
 
     def _next_sample(self) -> int:
         """Where the next global batch begins.
@@ -226,7 +255,11 @@ class Trainer:
             window=self.objective.window,
             prepare=self.objective.prepare,
         )
-        losses.pop("tokens")
+        if not losses.pop("tokens"):
+            raise MinitronError(
+                "none of the labels in data.valid_path counts, they are all of prompts; give data "
+                "with responses, or none"
+            )
         if not all(map(math.isfinite, losses.values())):
             raise self._diverged(", ".join(f"{k} is {v:g}" for k, v in losses.items()))
         if writer is not None:

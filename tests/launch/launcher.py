@@ -76,6 +76,10 @@ class Launch:
             raise AssertionError(f"no end within {timeout_s} s: {self._result()}") from None
         return self._result()
 
+    def terminate(self) -> None:
+        """Ask the launch to end; torchrun passes that on to its ranks."""
+        self._process.terminate()
+
     def kill(self) -> None:
         """Kill the launch with all its ranks and their children, as a node that goes down does."""
         import psutil  # gpu-check collects these tests without it

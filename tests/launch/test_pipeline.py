@@ -313,28 +313,34 @@ def test_the_report_names_the_models_and_their_losses(demo):
     assert "launch/distill.py --config" in page
 
 
-def test_a_killed_run_resumes_to_the_same_weights(demo):
-    """Killed with a checkpoint behind it, most likely while it writes the next one."""
-    out = demo / "killed"
+@pytest.mark.parametrize("ending", ["kill", "terminate"])
+def test_a_run_that_was_ended_resumes_to_the_same_weights(demo, ending):
+    """With a checkpoint behind it, most likely while it writes the next one."""
+    out = demo / ending
     run = Launch(
-        *(*DISTILL, "--out", "demo/killed", "--train.checkpoint_interval", 2),
+        *(*DISTILL, "--out", f"demo/{ending}", "--train.checkpoint_interval", 1),
         cwd=demo.parent,
         ranks=2,
     )
     deadline = time.monotonic() + TIMEOUT_S
-    while not (out / "checkpoints" / "iter_0000002").exists() and time.monotonic() < deadline:
+    while not (out / "checkpoints" / "iter_0000001").exists() and time.monotonic() < deadline:
         assert run.is_running, run.wait()
         time.sleep(0.02)
-    run.kill()
+    getattr(run, ending)()
+    if ending == "terminate":
+        result = run.wait()
+        assert result.status != 0
+        assert result.err.count("stopped by a signal, with a checkpoint of step ") == 1
+        assert "[rank " not in result.err  # where a traceback would begin
     assert not (out / "manifest.json").exists()
-    assert records(out)[0][-1]["step"] < STEPS
+    steps = records(out)[0][-1]["step"]
+    assert steps < STEPS
 
-    result = launch(*DISTILL, "--out", "demo/killed", "--resume", cwd=demo.parent, ranks=2)
-    assert re.search(
-        r"resumed from demo/killed/checkpoints/iter_000000[24] at step [24]", result.err
-    )
+    result = launch(*DISTILL, "--out", f"demo/{ending}", "--resume", cwd=demo.parent, ranks=2)
+    resumed = re.search(r"resumed from \S+/iter_000000(\d) at step \1", result.err)
+    assert int(resumed[1]) == steps if ending == "terminate" else int(resumed[1]) <= steps
     artifact.verify(out)
-    weights = [(demo / run / "model.safetensors").read_bytes() for run in ("killed", "width")]
+    weights = [(demo / run / "model.safetensors").read_bytes() for run in (ending, "width")]
     assert weights[0] == weights[1]
     for resumed, whole in zip(records(out), records(demo / "width"), strict=True):
         for line in (*resumed, *whole):

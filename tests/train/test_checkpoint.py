@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import initialize
 from minitron.train.checkpoint import (
+    CHECKSUMS,
     TRACKER_FILE,
     Position,
     checkpoint_path,
@@ -123,6 +125,33 @@ def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(tmp_path, run, finished
     assert step_records(tmp_path) == step_records(whole)
     found, expected = load_tensors(tmp_path / "model"), load_tensors(whole / "model")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("topology", "rank", "number"),
+    [("tp1", 0, signal.SIGTERM), ("dp2", 1, signal.SIGUSR1), ("tp2 pp2", 2, signal.SIGTERM)],
+)
+def test_a_run_that_a_signal_stops_goes_on_bit_for_bit(
+    tmp_path, run, finished, topology, rank, number
+):
+    """It comes to one rank, and all finish the step under way."""
+    stopped = replace(run, out=tmp_path, train=WITHOUT_CHECKPOINTS, stop_at=(3, rank, number))
+    results = run_on(topology, runs.train, stopped)
+    assert results == [{}] * len(results)  # no rank came to the end
+    assert list_checkpoints(tmp_path / "checkpoints") == [4]
+    assert [r["step"] for r in step_records(tmp_path)] == [1, 2, 3, 4]
+    run_on(topology, runs.train, replace(stopped, stop_at=None, resume=True))
+
+    whole = finished(topology)
+    assert step_records(tmp_path) == step_records(whole)
+    found, expected = load_tensors(tmp_path / "model"), load_tensors(whole / "model")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path, run, finished):
+    run_on("tp1", runs.train, replace(run, out=tmp_path, stop_at=(9, 0, signal.SIGTERM)))
+    assert step_records(tmp_path) == step_records(finished("tp1"))
+    assert load_tensors(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -240,8 +269,17 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
     good = checkpoint_path(finished("tp1", killed=True) / "checkpoints", 5)
     shard = min(path.name for path in good.glob("*.distcp"))
     checkpoints = {"absent": tmp_path / "absent"}
-    for name in ("lost shard", "cut shard", "cut index", "cut common", "other model"):
+    damaged = ("lost shard", "cut shard", "cut index", "cut common", "other model")
+    for name in (*damaged, "flipped bit", "no shard"):
         checkpoints[name] = shutil.copytree(good, tmp_path / name)
+    for name in damaged:  # as a checkpoint that came without checksums
+        (checkpoints[name] / CHECKSUMS).unlink()
+    (checkpoints["no shard"] / shard).unlink()
+    with (checkpoints["flipped bit"] / shard).open("r+b") as file:
+        file.seek(-5000, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
     (checkpoints["lost shard"] / shard).unlink()
     os.truncate(checkpoints["cut shard"] / shard, 1000)
     os.truncate(checkpoints["cut index"] / ".metadata", 100)
@@ -259,6 +297,12 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
     found = messages[0][0] | messages[1][0]
     assert found["absent"] == (
         f"{tmp_path / 'absent'} is not a torch_dist checkpoint (it has no metadata.json)"
+    )
+    remedy = "the checkpoint is damaged: take another, or delete it to resume from the one before"
+    assert found["no shard"] == f"{tmp_path / 'no shard' / shard} cannot be read; {remedy}"
+    assert re.fullmatch(
+        rf"{tmp_path / 'flipped bit' / shard} has CRC-32 \d+, checksums.json says \d+; {remedy}",
+        found["flipped bit"],
     )
     for name, reason in (
         ("lost shard", f"FileNotFoundError: .*{shard}"),

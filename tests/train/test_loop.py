@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from minitron.data.batches import EvalBatches, open_windows
+from minitron.distill.intermediate import IntermediateConfig
 from minitron.distill.teacher import TeacherConfig
-from minitron.errors import Diverged, MinitronError
+from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.train.config import TrainConfig
 from minitron.train.optimizer import learning_rate
@@ -187,8 +189,19 @@ def test_no_steps_write_the_model_as_it_was(models, tmp_path):
 def _failure(parallel, run):
     try:
         runs.train(parallel, run)
-    except Diverged as error:
+    except MinitronError as error:
         return str(error)
+
+
+def test_validation_data_without_a_label_that_counts_are_refused(models, tmp_path):
+    root, _, _ = models
+    write_tokens(tmp_path / "valid", 5 * SEQ_LENGTH + 3, prompt=5 * SEQ_LENGTH + 1)
+    run = _run(root, tmp_path / "out", valid=tmp_path / "valid")
+    message = (
+        "none of the labels in data.valid_path counts, they are all of prompts; give data with "
+        "responses, or none"
+    )
+    assert run_on("tp1", _failure, run) == [message]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +222,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(models, tmp_path, 
     broken.save_pretrained(tmp_path / "broken")
     run = _run(root, tmp_path / "out", model=tmp_path / "broken", valid=valid and root / valid)
     assert run_on("pp2", _failure, run) == [message] * 2
+
+
+@pytest.mark.parametrize("topology", ["dp2", "pp2"])
+def test_a_step_without_a_label_that_counts_is_passed_over(models, tmp_path, topology):
+    """Its data are seen, and nothing is learnt: not even of α, which stays as it was."""
+    root, _, _ = models
+    states = IntermediateConfig(states=["embedding"])
+    source = TeacherConfig(path=root / "teacher")
+    run = _run(root, tmp_path, teacher=source, intermediate=states, valid=None, prompts_at=2)
+    run_on(topology, runs.train, run)
+    student, teacher = (
+        LlamaForCausalLM.from_pretrained(root / name) for name in ("student", "teacher")
+    )
+    plain = reference.Intermediate(run, student, teacher)
+    expected = reference.train(student, teacher, run, intermediate=plain)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    assert records[2].keys() == {"step", "skipped", "tokens", *MEASURED}
+    for ours, theirs in zip(records, expected, strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-5)
+    weights = load_tensors(tmp_path / "model")
+    for name, parameter in student.named_parameters():
+        assert (weights[name] - parameter).norm() < 1e-5 * parameter.norm(), name
 
 
 # Batches
