@@ -28,6 +28,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
+_LIBC = ctypes.CDLL(None, use_errno=True)  # Linux' calls that Python has no name for
+_SYNC_FILE_RANGE_WRITE = 2
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -163,26 +166,29 @@ class WeightWriter:
                 },
             )
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a whole tensor at its place; its files must have been created.
+    def write(self, name: str, tensor: Tensor, first_row: int | None = None) -> None:
+        """Write a tensor, or some of its rows, at its place; its files must have been created.
+
+        Args:
+            name: the tensor's.
+            tensor: its content.
+            first_row: where the rows in `tensor` begin; None writes all of them.
 
         Raises:
             MinitronError: the disk is full or fails.
         """
         info = self.infos[name]
-        if tuple(tensor.shape) != info.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, planned {info.shape}")
+        rows = info.shape[0] if first_row is None else len(tensor)
+        first = first_row or 0
+        if tuple(tensor.shape) != (rows, *info.shape[1:]) or first + rows > info.shape[0]:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} at row {first}, planned {info.shape}")
         path, offset = self._offsets[name]
         if path not in self._descriptors:
             self._descriptors[path] = os.open(path, os.O_WRONLY)
-        whole = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1)
-        data = whole.view(torch.uint8).numpy().data
-        while data:
-            try:
-                written = os.pwrite(self._descriptors[path], data, offset)
-            except OSError as error:
-                raise _unwritable(path, error) from None
-            data, offset = data[written:], offset + written
+        offset += first * (info.num_bytes // info.shape[0])
+        part = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1)
+        data = part.view(torch.uint8).numpy().data
+        _write(self._descriptors[path], data, offset, path)
 
     def close(self) -> None:
         """Flush what this process wrote to the disk."""
@@ -190,6 +196,20 @@ class WeightWriter:
             os.fsync(descriptor)
             os.close(descriptor)
         self._descriptors = {}
+
+
+def _write(descriptor: int, data: memoryview, offset: int, path: Path) -> None:
+    """Write all of `data`, and let the disk begin with it, so that less is left to flush."""
+    begin = offset
+    while data:
+        try:
+            written = os.pwrite(descriptor, data, offset)
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        data, offset = data[written:], offset + written
+    if hasattr(_LIBC, "sync_file_range"):
+        span = ctypes.c_int64(begin), ctypes.c_int64(offset - begin)
+        _LIBC.sync_file_range(descriptor, *span, _SYNC_FILE_RANGE_WRITE)  # a hint: may fail
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -202,11 +222,10 @@ def _allocate(descriptor: int, size: int) -> None:
     Raises:
         OSError: the disk is too small.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate"):
+    if not hasattr(_LIBC, "fallocate"):
         return
     offset, length = ctypes.c_int64(0), ctypes.c_int64(size)
-    if libc.fallocate(descriptor, 0, offset, length) != 0:
+    if _LIBC.fallocate(descriptor, 0, offset, length) != 0:
         number = ctypes.get_errno()
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(number, os.strerror(number))

@@ -1,9 +1,9 @@
 """A model directory in, a smaller model directory out.
 
 Pruning is a pure function of the tensors, the scores and the target shape: it knows no module, and
-of ranks only that they share the tensors. Depth comes first, width second. While a tensor is sliced
-the one before it is written and read back, so the memory needed is that of two tensors, whatever
-the size of the model.
+of ranks only that they share the tensors. Depth comes first, width second. A tensor goes in blocks
+of rows, small enough for a processor's cache: while one is sliced, the one before it is written and
+read back, and the disk is busy with those before that. Memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minitron import artifact, metrics, parallel
@@ -35,9 +37,12 @@ from minitron.prune.width import (
     slice_tensor,
 )
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 PRUNING_FILE = "pruning.json"
+BLOCK_BYTES = 2 << 20
+"""What is sliced, checked and written at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,8 +152,8 @@ class PrunedWeights:
     def read(self, name: str, *index: slice) -> Tensor:
         """The named tensor, or the part of it that `index` selects."""
         origin, layer = self.origin(name)
-        tensor = slice_tensor(self._source, origin, self._axes[name], self._plan.width, layer)
-        return tensor[index] if index else tensor
+        axes = self._axes[name]
+        return slice_tensor(self._source, origin, axes, self._plan.width, layer, *index)
 
 
 def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
@@ -182,31 +187,51 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
     parallel.on_rank_zero(create)
     # The headers are final, so that what is written can be read back at once, as others will.
     written = hf.open_weights(out_dir, hf.read_architecture(out_dir))
-    mine = _share(pruned.infos)
+    blocks = [
+        (name, rows) for name in _share(pruned.infos) for rows in _row_blocks(pruned.infos[name])
+    ]
+    filled: set[str] = set()  # of the tensors so far, those with anything but zeros
 
-    def slice_(name: str) -> tuple[str, Tensor]:
-        tensor = pruned.read(name)
-        _check_values(source_dir, pruned.origin(name)[0], tensor)
-        return name, tensor
-
-    for name, tensor in metrics.progress(
-        _one_ahead(slice_, mine),
-        total=len(mine),
-        desc="pruning",
-        unit="tensors",
-        enabled=parallel.is_rank_zero(),
-    ):
-        writer.write(name, tensor)
-        if not torch.equal(_bits(written.read(name)), _bits(tensor)):
+    def slice_(block: tuple[str, slice]) -> tuple[str, slice, Tensor]:
+        name, rows = block
+        tensor = pruned.read(name, rows)
+        origin = pruned.origin(name)[0]
+        if _any_nonzero(tensor, f"{source_dir}: {origin}"):
+            filled.add(name)
+        is_last = rows.stop == pruned.infos[name].shape[0]
+        if is_last and name not in filled and not name.endswith(".bias"):
             raise MinitronError(
-                f"{out_dir}: {name} does not hold what was written; the disk or the source "
-                "changed meanwhile: prune again"
+                f"{source_dir}: what is kept of {origin} is all zero; the model was never filled "
+                "or trained, restore it"
             )
+        return name, rows, tensor
+
+    with metrics.progress(
+        total=sum(pruned.infos[name].num_bytes for name, rows in blocks if not rows.start) / 1e9,
+        desc="pruning",
+        unit="GB",
+        enabled=parallel.is_rank_zero(),
+    ) as bar:
+        for name, rows, tensor in _one_ahead(slice_, blocks):
+            writer.write(name, tensor, rows.start)
+            if not np.array_equal(_bytes(written.read(name, rows)), _bytes(tensor)):
+                raise MinitronError(
+                    f"{out_dir}: {name} does not hold what was written; the disk or the source "
+                    "changed meanwhile: prune again"
+                )
+            bar.update(tensor.nbytes / 1e9)
     writer.close()
     parallel.barrier()
 
 
-def _one_ahead(function: Callable[[str], T], items: Sequence[str]) -> Iterator[T]:
+def _row_blocks(info: TensorInfo) -> list[slice]:
+    """The rows of a tensor in blocks of about `BLOCK_BYTES`."""
+    count = info.shape[0]
+    step = max(1, BLOCK_BYTES * count // info.num_bytes)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def _one_ahead(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
     """Results in order; while one is being used, a thread works on the next."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = [pool.submit(function, item) for item in items[:1]]
@@ -217,9 +242,9 @@ def _one_ahead(function: Callable[[str], T], items: Sequence[str]) -> Iterator[T
         yield from (last.result() for last in pending)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: compared as such several times as fast as halves are."""
-    return tensor.contiguous().view(torch.uint8)
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """What a tensor holds, which numpy compares many times as fast as torch does."""
+    return tensor.contiguous().view(torch.uint8).numpy()
 
 
 def _share(infos: Mapping[str, TensorInfo]) -> list[str]:
@@ -252,14 +277,9 @@ def comparison(source: Architecture, target: Architecture) -> str:
     return metrics.format_table(("", "source", "pruned", "kept"), rows)
 
 
-def _check_values(directory: Path, name: str, tensor: Tensor) -> None:
+def _any_nonzero(tensor: Tensor, name: str) -> bool:
+    """Whether there is anything but zeros; refuses what is no number."""
     low, high = tensor.aminmax()
     if not (low.isfinite() and high.isfinite()):
-        raise MinitronError(
-            f"{directory}: {name} holds NaN or infinity; the model is broken, restore it"
-        )
-    if low == high == 0 and not name.endswith(".bias"):
-        raise MinitronError(
-            f"{directory}: what is kept of {name} is all zero; the model was never filled or "
-            "trained, restore it"
-        )
+        raise MinitronError(f"{name} holds NaN or infinity; the model is broken, restore it")
+    return not low == high == 0

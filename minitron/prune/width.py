@@ -226,9 +226,14 @@ def same_width(source: Architecture, target: Architecture) -> bool:
 
 
 def slice_tensor(
-    weights: WeightSource, name: str, axes: Sequence[Axis], plan: WidthPlan, layer: int | None
+    weights: WeightSource,
+    name: str,
+    axes: Sequence[Axis],
+    plan: WidthPlan,
+    layer: int | None,
+    *index: slice,
 ) -> Tensor:
-    """Read the part of a tensor that the plan keeps.
+    """Read the part of a tensor that the plan keeps, or a part of that.
 
     From the disk comes, in each dimension, the range from the first kept position to the last.
 
@@ -238,27 +243,38 @@ def slice_tensor(
         axes: what each of its dimensions counts.
         plan: the positions to keep.
         layer: the source layer that it belongs to, counted from 0, or None.
+        index: what to read of the kept part, one slice a dimension; all without.
     """
     if "kv" in axes and plan.pooled > 1:
         weights = _Pooled(weights, plan)
-    positions = [plan.kept(axis, layer) for axis in axes]
+    index = (*index, *[slice(None)] * (len(axes) - len(index)))
+
+    def parts(positions: Sequence[Tensor | None]) -> list[Tensor | slice]:
+        return [
+            part if kept is None else kept[part]
+            for kept, part in zip(positions, index, strict=True)
+        ]
+
+    positions = parts([plan.kept(axis, layer) for axis in axes])
     partners = [plan.merged_with(axis, layer) for axis in axes]
     tensor = _select(weights, name, positions)
     if partners[0] is not None:  # rows of a projection into heads; columns of others stay
-        other = _select(weights, name, [partners[0], *positions[1:]])
+        other = _select(weights, name, [partners[0][index[0]], *positions[1:]])
         difference = tensor.float() - other.float()
         tensor = (tensor.float() + plan.merge_sign * difference).to(tensor.dtype)
     return tensor
 
 
-def _select(weights: WeightSource, name: str, positions: Sequence[Tensor | None]) -> Tensor:
-    bounds = [None if p is None else (int(p.min()), int(p.max()) + 1) for p in positions]
-    tensor = weights.read(name, *(slice(*(bound or (None,))) for bound in bounds))
+def _select(weights: WeightSource, name: str, positions: Sequence[Tensor | slice]) -> Tensor:
+    bounds = [
+        p if isinstance(p, slice) else slice(int(p.min()), int(p.max()) + 1) for p in positions
+    ]
+    tensor = weights.read(name, *bounds)
     for dim, (kept, bound) in enumerate(zip(positions, bounds, strict=True)):
-        if kept is None or bound is None:
+        if isinstance(kept, slice):
             continue
-        if not torch.equal(kept, torch.arange(*bound)):
-            tensor = _take(tensor, dim, kept - bound[0])
+        if not torch.equal(kept, torch.arange(bound.start, bound.stop)):
+            tensor = _take(tensor, dim, kept - bound.start)
     return tensor
 
 
