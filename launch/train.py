@@ -11,6 +11,7 @@ from minitron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
+from minitron.model.initial import InitialWeights
 from minitron.model.llama import build_chunks, check_parallel
 from minitron.model.sharding import open_model
 from minitron.model.weights import WeightSource
@@ -186,7 +187,7 @@ def _model(recipe: Recipe, tokenizer: Tokenizer | None) -> tuple[Architecture, W
         )
     arch = init.architecture(tokenizer.vocab_size if tokenizer else 0, recipe.data.seq_length)
     hf.check_shape(arch)
-    weights = hf.InitialWeights(arch, seed=recipe.seed, init_method_std=init.init_method_std)
+    weights = InitialWeights(arch, seed=recipe.seed, init_method_std=init.init_method_std)
     return arch, weights
 
 

@@ -11,14 +11,12 @@ other direction.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from minitron import artifact
 from minitron.errors import MinitronError
@@ -109,33 +107,6 @@ def tensor_infos(arch: Architecture, dtype: torch.dtype) -> dict[str, TensorInfo
         name: TensorInfo(tuple(axis_size(arch, axis) for axis in axes), dtype)
         for name, axes in tensor_axes(arch).items()
     }
-
-
-class InitialWeights:
-    """Random initial weights that depend on the seed and the tensor's name, never on a topology.
-
-    Matrices are normal with `init_method_std`; the two projections that write into the residual
-    stream are scaled by 1/sqrt(2 L). Norms start at one, biases at zero.
-    """
-
-    def __init__(self, arch: Architecture, *, seed: int, init_method_std: float = 0.02) -> None:
-        self.infos = tensor_infos(arch, torch.float32)
-        self._order = {name: i for i, name in enumerate(self.infos)}
-        self._seed = seed
-        self._std = init_method_std
-        self._residual_std = init_method_std / math.sqrt(2 * arch.num_layers)
-
-    def read(self, name: str, *index: slice) -> Tensor:
-        """The named tensor, or the part of it that `index` selects."""
-        shape = self.infos[name].shape
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)[index or slice(None)]
-        if name.endswith(".bias"):
-            return torch.zeros(shape)[index or slice(None)]
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        generator = torch.Generator().manual_seed((self._seed << 20) + self._order[name])
-        tensor = torch.randn(shape, generator=generator)
-        return (tensor * (self._residual_std if residual else self._std))[index or slice(None)]
 
 
 def read_architecture(directory: Path) -> Architecture:

@@ -41,7 +41,7 @@ from minitron.data.sampling import Sample
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.model.arch import Architecture
-from minitron.model.hf import InitialWeights
+from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.schedule import run_schedule
 from minitron.ops.linear_kl import TeacherHidden, linear_kl

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minitron import platform
 from minitron.model import hf
 from minitron.model.arch import Architecture
+from minitron.model.initial import InitialWeights
 from tests.bench.step import Problem, open_batches
 
 
@@ -37,7 +38,7 @@ class Plain:
         with tempfile.TemporaryDirectory() as directory:
             hf.write_config(Path(directory), arch, dtype=dtype)
             config = LlamaConfig.from_pretrained(directory)
-        weights = hf.InitialWeights(arch, seed=seed)
+        weights = InitialWeights(arch, seed=seed)
         model = LlamaForCausalLM(config)
         model.load_state_dict({name: weights.read(name) for name in weights.infos})
         return model.to(dtype)

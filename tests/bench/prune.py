@@ -29,6 +29,7 @@ from minitron import artifact
 from minitron.data.batches import EvalBatches, open_windows
 from minitron.model import hf
 from minitron.model.arch import Architecture
+from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.weights import WeightWriter
@@ -78,7 +79,7 @@ def bench_importance(directory: Path, rounds: int) -> list[dict[str, Any]]:
             kv_channels=64,
             vocab_size=VOCAB,
         )
-        weights = hf.InitialWeights(arch, seed=0)
+        weights = InitialWeights(arch, seed=0)
         model = freeze(build_llama(arch, topology, weights, dtype=torch.float32))
         batches = EvalBatches(
             open_windows([str(prefix)], 512),

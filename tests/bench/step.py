@@ -14,8 +14,8 @@ from minitron import platform
 from minitron.data.batches import DataConfig, TrainBatches, open_train
 from minitron.distill.losses import DistillConfig, LogitDistillation
 from minitron.distill.teacher import Teacher, TeacherConfig
-from minitron.model import hf
 from minitron.model.arch import Architecture
+from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_llama
 from minitron.model.schedule import run_schedule
 from minitron.parallel import ParallelConfig, Topology, initialize
@@ -64,7 +64,7 @@ def build(arch: Architecture, topology: Topology, problem: Problem, seed: int) -
     """A model of random weights: the same for both sides, or on a GPU any, for there it matters
     that they come fast."""
     dtype = platform.DTYPES[problem.precision]
-    source = None if platform.has_cuda() else hf.InitialWeights(arch, seed=seed)
+    source = None if platform.has_cuda() else InitialWeights(arch, seed=seed)
     model = build_llama(arch, topology, source, dtype=dtype)
     if source is None:
         for parameter in model.parameters():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from minitron.model import hf
+from minitron.model.initial import InitialWeights
 from tests.tiny import tiny_config
 
 SMALL = hf.architecture_from_config(tiny_config().to_dict())
@@ -12,7 +13,7 @@ SMALL = hf.architecture_from_config(tiny_config().to_dict())
 
 def test_initial_weights_follow_the_seed_and_the_name():
     arch = dataclasses.replace(SMALL, add_mlp_bias=True, add_qkv_bias=True)
-    first, again, other = (hf.InitialWeights(arch, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (InitialWeights(arch, seed=seed) for seed in (1, 1, 2))
     names = list(first.infos)
     forwards = {name: first.read(name) for name in names}
     torch.manual_seed(5)  # the global generator has no say
@@ -27,7 +28,7 @@ def test_initial_weights_follow_the_seed_and_the_name():
 
 
 def test_a_slice_of_initial_weights_is_a_slice_of_the_whole():
-    weights = hf.InitialWeights(dataclasses.replace(SMALL, add_mlp_bias=True), seed=3)
+    weights = InitialWeights(dataclasses.replace(SMALL, add_mlp_bias=True), seed=3)
     name = hf.layer_tensor(2, "mlp.down_proj.weight")
     assert torch.equal(
         weights.read(name, slice(4, 8), slice(10, 20)), weights.read(name)[4:8, 10:20]
@@ -40,7 +41,7 @@ def test_initial_weights_have_the_documented_statistics():
     arch = dataclasses.replace(
         SMALL, hidden_size=256, ffn_hidden_size=512, add_qkv_bias=True, num_layers=8
     )
-    weights = hf.InitialWeights(arch, seed=0, init_method_std=0.05)
+    weights = InitialWeights(arch, seed=0, init_method_std=0.05)
     for name in weights.infos:
         tensor = weights.read(name)
         if name.endswith(".bias"):
