@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.weights import WeightWriter
-from minitron.parallel import ParallelConfig, initialize
+from minitron.parallel import ParallelConfig, initialize, on_rank_zero
 from minitron.prune.baselines import baseline_scores
 from minitron.prune.importance import collect_importance
 from minitron.prune.pruning import plan_pruning, prune_model
 from minitron.prune.target import PruneConfig
 from tests.bench.runner import describe_machine, write_results
+from tests.harness import close_pool, run_distributed
 from tests.runs import VOCAB, write_tokens
 
 GB = 1e9
@@ -46,22 +47,25 @@ IMPORTANCE_TARGET, PRUNING_TARGET = 1.10, 1.5  # ratios to stay within
 
 
 def alternate(
-    first: Callable[[], object],
-    second: Callable[[], object],
+    sides: Sequence[Callable[[], object]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Median seconds of both, and the median of the ratios second / first."""
+) -> list[list[float]]:
+    """Seconds of every side in every round."""
     times = []
     for _ in range(rounds):
-        pair = []
-        for side in (first, second):
+        seconds = []
+        for side in sides:
             start = clock()
             side()
-            pair.append(clock() - start)
-        times.append(pair)
-    medians = [statistics.median(column) for column in zip(*times, strict=True)]
-    return [*medians, statistics.median(b / a for a, b in times)]
+            seconds.append(clock() - start)
+        times.append(seconds)
+    return times
+
+
+def median_ratio(times: Sequence[Sequence[float]], side: int, base: int) -> float:
+    """Median of the rounds' ratios side / base."""
+    return statistics.median(seconds[side] / seconds[base] for seconds in times)
 
 
 def bench_importance(directory: Path, rounds: int) -> list[dict[str, Any]]:
@@ -91,15 +95,12 @@ def bench_importance(directory: Path, rounds: int) -> list[dict[str, Any]]:
         bare = functools.partial(forward, model, batches)
         scored = functools.partial(collect_importance, model, batches)
         scored()  # the first call of everything is slower
-        measured = alternate(bare, scored, rounds, clock=time.process_time)
-        case = f"hidden {hidden_size}, {arch.num_layers} layers"
-        rows.append(_row(case, measured, IMPORTANCE_TARGET))
+        times = alternate((bare, scored), rounds, clock=time.process_time)
+        base, ours = map(statistics.median, zip(*times, strict=True))
+        row = {"case": f"hidden {hidden_size}, {arch.num_layers} layers"}
+        row |= {"base_s": base, "ours_s": ours, "ratio": median_ratio(times, 1, 0)}
+        rows.append(row | {"target": IMPORTANCE_TARGET})
     return rows
-
-
-def _row(case: str, measured: list[float], target: float) -> dict[str, Any]:
-    first, second, ratio = measured
-    return {"case": case, "base_s": first, "ours_s": second, "ratio": ratio, "target": target}
 
 
 def forward(model: LlamaModel, batches: EvalBatches) -> None:
@@ -137,8 +138,12 @@ def prune(source: Path, out: Path, keys: dict[str, int]) -> None:
     torch.set_num_threads(1)
     arch = hf.read_architecture(source)
     scores = baseline_scores("random", arch, seed=0)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
+
+    def create() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+
+    on_rank_zero(create)
     prune_model(source, out, plan_pruning(arch, PruneConfig(**keys).target(arch), scores))
 
 
@@ -170,15 +175,21 @@ def anonymous_memory() -> int:
 
 
 def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> dict[str, Any]:
-    """Width pruning of a large model against a copy of its files, both flushed to the disk."""
-    source, copy, out = (directory / name for name in ("source", "copy", "out"))
+    """Pruning of a large model against copies of its files and of its own, all flushed to the disk.
+
+    The same bytes as pruning are moved by a `cp` of the larger of what is read and what is written:
+    the source where some of every tensor stays, the result where whole layers go unread.
+    """
+    source, copy, result, out = (directory / name for name in ("source", "copy", "result", "out"))
     arch = make_model(source, gigabytes)
-    size = sum(file.stat().st_size for file in source.iterdir())
     largest = 2 * arch.vocab_size * arch.hidden_size
 
-    def cp() -> None:
+    def size(model: Path) -> int:
+        return sum(file.stat().st_size for file in model.iterdir())
+
+    def cp(model: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
-        subprocess.run(["cp", "-r", source, copy], check=True)
+        subprocess.run(["cp", "-r", model, copy], check=True)
         for file in copy.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
@@ -191,8 +202,27 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> dict[str, A
     }
     peak = 0.0
     for name, keys in cases.items():
-        measured = alternate(cp, functools.partial(prune, source, out, keys), rounds)
-        rows.append(_row(name, measured, PRUNING_TARGET))
+        prune(source, result, keys)
+        sides = [
+            functools.partial(cp, source),
+            functools.partial(cp, result),
+            functools.partial(prune, source, out, keys),
+            functools.partial(run_distributed, prune, 2, source, out, keys),
+        ]
+        sides[-1]()  # starts the ranks
+        times = alternate(sides, rounds)
+        medians = map(statistics.median, zip(*times, strict=True))
+        row = dict(zip(("source_s", "result_s", "ours_s", "ranks_s"), medians, strict=True))
+        ratios = [median_ratio(times, 2, base) for base in (0, 1)]
+        row |= {
+            "case": name,
+            "result_gigabytes": size(result) / GB,
+            "source_ratio": ratios[0],
+            "result_ratio": ratios[1],
+            "ranks_ratio": median_ratio(times, 3, 2),
+            "ratio": ratios[name == "depth"],  # of the same bytes
+        }
+        rows.append(row | {"target": PRUNING_TARGET})
         shutil.rmtree(out)
         peak = max(peak, peak_memory(prune, source, out, keys))
         if name == "same shape":
@@ -201,7 +231,7 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> dict[str, A
             hashing = time.perf_counter() - start
         shutil.rmtree(out)
     return {
-        "gigabytes": size / GB,
+        "gigabytes": size(source) / GB,
         "rows": rows,
         "hashing_s": hashing,
         "peak_gb": peak,
@@ -221,10 +251,15 @@ ratios.
 |---|---|---|---|---|
 {importance}
 
-| pruning {gigabytes:.1f} GB of bf16, one process, against `cp` and fsync | `cp`, s | pruning, s \
-| ratio | target |
-|---|---|---|---|---|
+| pruning {gigabytes:.1f} GB of bf16 | GB written | `cp` of the source, s | `cp` of the result, s \
+| pruning, s | ratio to the source's | to the result's | target | two ranks, s | ratio to one |
+|---|---|---|---|---|---|---|---|---|---|
 {pruning}
+
+Everything is flushed to the disk, and read from the page cache. What pruning must move is the
+larger of what it reads and what it writes: the source's bytes where some of every tensor stays, the
+result's where whole layers go unread. The target is for a `cp` of as much. Pruning reads back what
+it has written, and refuses NaN and infinities; two ranks share the tensors, on the same cores.
 
 Hashing the result of the same shape for its manifest takes another {hashing_s:.1f} s. Peak memory
 of tensors is {peak_gb:.2f} GB; two of the largest tensors and 1 GB, which is the bound, are
@@ -232,11 +267,18 @@ of tensors is {peak_gb:.2f} GB; two of the largest tensors and 1 GB, which is th
 """
 
 
-def _line(row: dict[str, Any]) -> str:
-    verdict = "met" if row["ratio"] <= row["target"] else "**missed**"
-    return (
-        "| {case} | {base_s:.2f} | {ours_s:.2f} | {ratio:.2f} | {target:.2f} ".format(**row)
-        + f"{verdict} |"
+_IMPORTANCE_ROW = "| {case} | {base_s:.2f} | {ours_s:.2f} | {ratio:.2f} | {target:.2f} {verdict} |"
+_PRUNING_ROW = (
+    "| {case} | {result_gigabytes:.1f} | {source_s:.2f} | {result_s:.2f} | {ours_s:.2f} "
+    "| {source_ratio:.2f} | {result_ratio:.2f} | {target:.2f} {verdict} "
+    "| {ranks_s:.2f} | {ranks_ratio:.2f} |"
+)
+
+
+def _lines(form: str, rows: list[dict[str, Any]]) -> str:
+    verdicts = ("**missed**", "met")
+    return "\n".join(
+        form.format(**row, verdict=verdicts[row["ratio"] <= row["target"]]) for row in rows
     )
 
 
@@ -245,7 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="a disk with room for three such models")
+    parser.add_argument("--directory", type=Path, help="a disk with room for four such models")
     parser.add_argument("--out", type=Path, help="a directory for the page and the JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -255,9 +297,10 @@ def main() -> None:
     machine = describe_machine("cpu", 1, options.rounds)
     page = _PAGE.format(
         described=", ".join(f"{key} {value}" for key, value in machine.items()),
-        importance="\n".join(map(_line, importance)),
-        **{**pruning, "pruning": "\n".join(map(_line, pruning["rows"]))},
+        importance=_lines(_IMPORTANCE_ROW, importance),
+        **{**pruning, "pruning": _lines(_PRUNING_ROW, pruning["rows"])},
     )
+    close_pool()
     results = {"machine": machine, "importance": importance, "pruning": pruning}
     write_results("pruning", page, results, options.out)
 
