@@ -15,6 +15,7 @@ from minitron import artifact, config
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.model import hf
+from minitron.model.llama import LlamaModel
 from minitron.prune.scores import save_scores
 from tests.prune.scored import random_importance
 from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
@@ -187,7 +188,13 @@ def test_ranks_write_the_same_files(tmp_path, model, scores):
     assert one == three
 
 
-def test_pruning_again_from_stored_scores_gives_the_same_bytes(tmp_path, model, scores, prune):
+def test_pruning_again_from_stored_scores_gives_the_same_bytes(
+    tmp_path, model, scores, prune, monkeypatch
+):
+    def no_model(*_, **__):
+        raise AssertionError("stored scores need no forward pass")
+
+    monkeypatch.setattr(LlamaModel, "__init__", no_model)
     sizes = ("--prune.ffn_hidden_size", 24, "--prune.num_attention_heads", 4)
     for out in ("first", "second"):
         prune("--model", model, "--scores", scores, *sizes, "--out", tmp_path / out)

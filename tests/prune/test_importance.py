@@ -156,9 +156,9 @@ def test_samples_of_other_aggregations_rank_differently(model, tokens):
     assert len(orders) == 9
 
 
-def _count_collectives(parallel, directory, prefix, samples):
-    """Number of collectives that importance itself makes."""
-    counted = []
+def _count(parallel, directory, prefix, samples):
+    """How many collectives importance itself makes, and how many numbers it holds in the end."""
+    counted, held = [], []
 
     def all_reduce(tensor, group=None):
         counted.append(tensor.numel())
@@ -171,20 +171,27 @@ def _count_collectives(parallel, directory, prefix, samples):
         parallel=parallel,
         precision="fp32",
     )
-    real, importance.dist = importance.dist, SimpleNamespace(all_reduce=all_reduce)
-    try:
+    finish = importance._Collector.importance
+
+    def count_held(self, num_samples):
+        assert not any(self._seen.values())
+        held.append(self._blocks.numel() + sum(x.numel() for x in self._moments.values()))
+        return finish(self, num_samples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "dist", SimpleNamespace(all_reduce=all_reduce))
+        patch.setattr(importance._Collector, "importance", count_held)
         importance.collect_importance(model, batches)
-    finally:
-        importance.dist = real
-    return len(counted)
+    return len(counted), held[0]
 
 
 @pytest.mark.parametrize(
     ("topology", "each"), [("tp4+sp", 1), ("tp4", 1), ("tp2+sp", 1), ("tp2", 0)]
 )
-def test_a_micro_batch_takes_at_most_one_collective(model, tokens, topology, each):
-    few, many = (run_on(topology, _count_collectives, model[0], tokens, n)[0] for n in (2, 7))
-    assert many - few == 5 * each
+def test_a_micro_batch_takes_at_most_one_collective_and_no_memory(model, tokens, topology, each):
+    few, many = (run_on(topology, _count, model[0], tokens, n)[0] for n in (2, 7))
+    assert many[0] - few[0] == 5 * each
+    assert many[1] == few[1]
 
 
 @pytest.mark.parametrize("name", ["samples", "micro_batch_size"])
