@@ -158,8 +158,21 @@ def test_writer_without_blocks_set_aside(tmp_path, tensors, monkeypatch):
 def test_writer_refuses_another_shape(tmp_path):
     writer = WeightWriter(tmp_path, {"t": TensorInfo((4, 6), torch.float32)})
     writer.create()
-    with pytest.raises(ValueError, match=r"t: shape \(6, 4\), planned \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"t: \(6, 4\) at row 0, planned \(4, 6\)"):
         writer.write("t", torch.zeros(6, 4))
+    for rows, first in ((2, 3), (1, 4), (2, None)):
+        with pytest.raises(ValueError, match=rf"t: \({rows}, 6\) at row {first or 0}, planned"):
+            writer.write("t", torch.zeros(rows, 6), first)
+
+
+def test_a_tensor_may_come_row_by_row(tmp_path, tensors):
+    writer = WeightWriter(tmp_path, infos_of(tensors))
+    writer.create()
+    for name, tensor in tensors.items():
+        for row in reversed(range(len(tensor))):
+            writer.write(name, tensor[row : row + 1], row)
+    writer.close()
+    assert_same(load_file(tmp_path / SINGLE_FILE), tensors)
 
 
 # Reading.
