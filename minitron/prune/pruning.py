@@ -207,9 +207,9 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
         return name, rows, tensor
 
     with metrics.progress(
-        total=sum(pruned.infos[name].num_bytes for name, rows in blocks if not rows.start) / 1e9,
+        total=sum(pruned.infos[name].num_bytes for name, rows in blocks if not rows.start),
         desc="pruning",
-        unit="GB",
+        unit="bytes",
         enabled=parallel.is_rank_zero(),
     ) as bar:
         for name, rows, tensor in _one_ahead(slice_, blocks):
@@ -219,7 +219,7 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
                     f"{out_dir}: {name} does not hold what was written; the disk or the source "
                     "changed meanwhile: prune again"
                 )
-            bar.update(tensor.nbytes / 1e9)
+            bar.update(tensor.nbytes)
     writer.close()
     parallel.barrier()
 
