@@ -41,7 +41,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PRUNING_FILE = "pruning.json"
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 4 << 20
 """What is sliced, checked and written at a time."""
 
 
