@@ -24,6 +24,7 @@ class InitialWeights:
 
     def __init__(self, arch: Architecture, *, seed: int, init_method_std: float = 0.02) -> None:
         self.infos = hf.tensor_infos(arch, torch.float32)
+        self._axes = hf.tensor_axes(arch)
         self._order = {name: i for i, name in enumerate(self.infos)}
         self._seed = seed
         self._std = init_method_std
@@ -32,11 +33,11 @@ class InitialWeights:
     def read(self, name: str, *index: slice) -> Tensor:
         """The named tensor, or the part of it that `index` selects."""
         shape = self.infos[name].shape
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)[index or slice(None)]
         if name.endswith(".bias"):
             return torch.zeros(shape)[index or slice(None)]
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        if len(shape) == 1:
+            return torch.ones(shape)[index or slice(None)]
+        residual = self._axes[name][0] == "hidden"  # its output is what the stream counts
         generator = torch.Generator().manual_seed((self._seed << 20) + self._order[name])
         tensor = torch.randn(shape, generator=generator)
         return (tensor * (self._residual_std if residual else self._std))[index or slice(None)]
