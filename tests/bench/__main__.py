@@ -10,6 +10,7 @@ Ops that are not asked for keep the results that they have.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -61,6 +62,8 @@ def main() -> None:
         for case in importlib.import_module(f"tests.bench.{args.child}").cases(args.device):
             rows = measure(case, rounds=args.rounds, device=args.device)
             print(json.dumps([dataclasses.asdict(row) for row in rows]), flush=True)
+            del case  # its tensors go before those of the next come
+            release_heap()
         return
     if args.peak is not None:
         print(json.dumps(dataclasses.asdict(linear_kl.peak(args.peak, args.device))))
@@ -78,6 +81,13 @@ def main() -> None:
             print(_peak_line(peaks[-1]), flush=True)
         machine = describe_machine(args.device, args.threads, args.rounds)
         _write(args.out, args.device, op, {"machine": machine, "results": rows, "peaks": peaks})
+
+
+def release_heap() -> None:
+    """Give back what a case leaves of a warm heap, which would otherwise grow with each."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc, as WARM_HEAP is
+    if release is not None:
+        release(0)
 
 
 def _child(op: str, allocator: str, args: argparse.Namespace) -> list[dict[str, Any]]:
