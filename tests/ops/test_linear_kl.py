@@ -239,3 +239,16 @@ def test_masked_tokens_alone():
     assert result.loss.count_nonzero() == 0
     assert hidden.grad.count_nonzero() == 0
     assert head.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_the_op_keeps_the_contract_of_torch(differentiate):
+    (hidden, head, teacher, teacher_head), labels, mask = _inputs(0, torch.float32)
+    states = (hidden.requires_grad_(differentiate), head, teacher, teacher_head, None)
+    torch.library.opcheck(
+        torch.ops.minitron.linear_kl,
+        (
+            *(*states, torch.ones_like(mask), labels, KL().name, VOCAB, 0.4, 1.7, 1.0, True),
+            *(False, 7, differentiate, None),
+        ),
+    )

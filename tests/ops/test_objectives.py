@@ -10,7 +10,7 @@ import torch.distributed as dist
 from minitron.ops.divergences import Divergence
 from minitron.ops.logit_loss import logit_loss
 from minitron.ops.logit_moments import LogitDistance
-from minitron.ops.objectives import KL, KnownTokens
+from minitron.ops.objectives import KL, KnownTokens, Objective
 from minitron.ops.sparse_kl import SparseKL
 from minitron.ops.top_tokens import TopKL
 from tests.harness import run_distributed
@@ -247,3 +247,17 @@ def _op_arguments(dtype=torch.float32):
 @pytest.mark.parametrize("op", list(_op_arguments()))
 def test_ops_keep_the_contract_of_torch(op, dtype):
     torch.library.opcheck(getattr(torch.ops.minitron, op), _op_arguments(dtype)[op])
+
+
+@EVERY
+def test_the_op_of_whole_logits_keeps_the_contract_of_torch(name):
+    student, teacher, mask, _ = _inputs(0, torch.float32)
+    rows = (student.flatten(0, 1).requires_grad_(), teacher.flatten(0, 1), None, mask.flatten() > 0)
+    torch.library.opcheck(
+        torch.ops.minitron.logit_loss, (*rows, OBJECTIVES[name].name, 290, 1.3, None)
+    )
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES.values(), SparseKL(tail=True)], ids=str)
+def test_an_objective_has_a_name(objective):
+    assert Objective.named(objective.name) == objective
