@@ -78,7 +78,12 @@ def peak_memory_bytes() -> int:
 
 
 def release_memory() -> None:
-    """Give back what deleted models held: their modules refer to each other in circles."""
+    """Give back what deleted models held: their modules refer to each other in circles.
+
+    Twice, because an optimizer that was loaded is in a circle too, and its views hold the model's
+    parameters where Python's collector cannot follow: it finds the model only once that is gone.
+    """
+    gc.collect()
     gc.collect()
     if has_cuda():
         torch.cuda.empty_cache()
