@@ -276,7 +276,7 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
         deviation <= 1e-3 * upstream.abs().amax(),
         "the gradient that reaches linear_kl is not proportional to its token_weights",
     )
-    hidden_grad.mul_(factor)  # nobody else has it; going backward twice is refused
+    hidden_grad = _scaled(hidden_grad, factor, hidden_grad.dtype)
     group = named_group(ctx.group)  # every rank of it has seen its columns' part alone
     if ctx.sequence_parallel:
         hidden_grad = scatter_sum(hidden_grad, group)
@@ -336,9 +336,13 @@ def _take_turns(jobs: Iterator[Steps[None]], *, at_once: int) -> None:
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times a factor: in place, or block by block if it is of another dtype."""
+    """The gradient times a factor: in place, or block by block if it is of another dtype.
+
+    In place, since nobody else has it: going backward twice is refused. A graph that is being
+    traced has the op's results as its own and must not find them changed.
+    """
     if grad.dtype == dtype:
-        return grad.mul_(factor)
+        return grad.mul_(factor) if type(grad) is Tensor else grad * factor
     scaled = torch.empty_like(grad, dtype=dtype)
     for target, source in zip(scaled.split(_HEAD_ROWS), grad.split(_HEAD_ROWS), strict=True):
         target.copy_(source * factor)
