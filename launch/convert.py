@@ -43,9 +43,15 @@ class CheckpointSource:
     that holds some, of which the newest is taken."""
 
     def directory(self) -> Path | None:
-        """The iter_* directory itself."""
+        """The iter_* directory itself.
+
+        Raises:
+            MinitronError: the path does not exist.
+        """
         if self.path is None:
             return None
+        if not self.path.exists():
+            raise MinitronError(f"--checkpoint {self.path} does not exist; correct the path")
         steps = list_checkpoints(self.path)
         return checkpoint_path(self.path, steps[-1]) if steps else self.path
 

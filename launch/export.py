@@ -18,15 +18,15 @@ from minitron.train.loop import CHECKPOINTS
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSource:
-    """A training run, finished or not."""
+class CheckpointSource:
+    """A checkpoint of a training run, finished or not."""
 
     path: Path
-    """Its --out directory."""
+    """The run's --out directory."""
     step: int | None = None
     """Step of the checkpoint; null takes the newest."""
 
-    def checkpoint(self) -> Path:
+    def directory(self) -> Path:
         """The checkpoint's directory.
 
         Raises:
@@ -37,6 +37,11 @@ class RunSource:
                 f"{self.path} is not a directory; give the --out of a training or distillation run"
             )
         directory = self.path / CHECKPOINTS
+        if not directory.is_dir():
+            raise MinitronError(
+                f"{self.path} is no training run, or one without a checkpoint yet (it has no "
+                f"directory {CHECKPOINTS}); give the --out of a training or distillation run"
+            )
         steps = list_checkpoints(directory)
         if not steps or self.step not in (None, *steps):
             held = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -51,8 +56,8 @@ class Recipe:
     kept and under any parallelism.
     """
 
-    run: RunSource
-    """The training run."""
+    checkpoint: CheckpointSource
+    """The checkpoint to write."""
     out: Path
     """Directory of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -68,9 +73,9 @@ class Recipe:
 def main(recipe: Recipe) -> None:
     """Load on all ranks, write from all ranks."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    inputs = [recipe.run.path]
+    inputs = [recipe.checkpoint.path]
     on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
-    checkpoint = recipe.run.checkpoint()
+    checkpoint = recipe.checkpoint.directory()
     arch = hf.read_architecture(checkpoint)
     stored = hf.read_dtype(checkpoint)
     dtype = stored if recipe.precision is None else platform.DTYPES[recipe.precision]
@@ -83,7 +88,7 @@ def main(recipe: Recipe) -> None:
                 directory,
                 stage="export",
                 recipe=config.to_dict(recipe),
-                parents={"run": recipe.run.path},
+                parents={"run": recipe.checkpoint.path},
                 metrics={"num_parameters": arch.num_parameters, "step": position.step},
             )
         )

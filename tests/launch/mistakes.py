@@ -289,10 +289,24 @@ MISTAKES = {
     ),
     "step without a checkpoint": (
         "export",
-        ("--run", "run", "--run.step", 3),
+        ("--checkpoint", "run", "--checkpoint.step", 3),
         "run/checkpoints does not hold a checkpoint of step 3; it has 5",
     ),
-    "no run": ("export", ("--run", "no"), "no is not a directory; give the --out of a training"),
+    "no run": (
+        "export",
+        ("--checkpoint", "no"),
+        "no is not a directory; give the --out of a training",
+    ),
+    "no training run": (
+        "export",
+        ("--checkpoint", "model"),
+        "model is no training run, .* no directory checkpoints",
+    ),
+    "no such checkpoint": (
+        "convert",
+        ("--model", "model", "--checkpoint", "nowhere"),
+        "--checkpoint nowhere does not exist",
+    ),
     "no checkpoint": (
         "convert",
         ("--model", "model", "--checkpoint", "other"),
@@ -319,7 +333,7 @@ MISTAKES = {
     ),
     "output over the input": (
         "export",
-        ("--run", "run", "--out", "run", "--overwrite"),
+        ("--checkpoint", "run", "--out", "run", "--overwrite"),
         "--overwrite would delete run, but this stage reads run; choose another directory",
     ),
 }

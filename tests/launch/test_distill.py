@@ -45,7 +45,7 @@ def test_a_run_with_intermediate_losses_is_exported_without_their_map(root, fork
         assert record["loss"] == pytest.approx(expected)
     assert [line["alpha"] > 0 for line in trained] == [False, True, True, True]
 
-    run("export", "--run", "run", "--out", "export")
+    run("export", "--checkpoint", "run", "--out", "export")
     exported, student = load_tensors(root / "export"), load_tensors(root / "run")
     assert exported.keys() == student.keys() == load_tensors(root / "student").keys()
     assert all(torch.equal(tensor, student[name]) for name, tensor in exported.items())

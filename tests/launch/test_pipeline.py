@@ -109,7 +109,8 @@ def demo(tmp_path_factory, forked):
         *("--data.seq_length", EVAL_LENGTH, "--eval.micro_batch_size", 3, "--out", "demo/eval"),
         ranks=2,
     )
-    run_here("export", "--run", "demo/teacher", "--run.step", CHECKPOINT, "--out", "demo/export")
+    checkpoint = ("--checkpoint", "demo/teacher", "--checkpoint.step", CHECKPOINT)
+    run_here("export", *checkpoint, "--out", "demo/export")
     run("convert", "--model", "demo/width", *PP2, "--out", "demo/megatron", ranks=2)
     run_here(
         *("convert", "--model", "demo/width", "--checkpoint", "demo/megatron"),

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from minitron.config.keys import keys_of
 from tests.launch.launcher import LAUNCH, ROOT, STAGES
@@ -63,6 +64,14 @@ def test_help_explains_every_key(stage, forked, tmp_path):
     assert named >= set(SHARED if stage != "report" else ("out",))
     if stage in ("train", "distill"):
         assert named >= set(TRAINING)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_torchrun_takes_no_key_for_an_option_of_its_own(stage):
+    """argparse (that of Python 3.11) refuses ambiguous prefixes even behind the script's name."""
+    flags = [text for name in keys(stage) for text in (f"--{name}", "x")]
+    torchrun = get_args_parser().parse_args(["--nproc-per-node", "2", "stage.py", *flags])
+    assert torchrun.training_script_args == flags
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
