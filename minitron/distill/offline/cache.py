@@ -150,7 +150,7 @@ def choose_samples(data: DataConfig, *, max_samples: int | None, seed: int) -> S
         drawn = progress(range(max_samples), desc="choosing samples", unit="samples")
         located = (train.sample_id(index, seed=seed) for index in drawn)
         keys = (sample_key(number[fingerprint], sample) for fingerprint, sample in located)
-        parts.append(np.fromiter(keys, np.int64, max_samples))
+        parts.append(np.fromiter(keys, np.int64))  # told a count, it would not end the progress
     left = data.valid_samples
     for windows in valid:
         windows.check_not_empty()

@@ -1,11 +1,13 @@
 """Stores that ranks write, against plain PyTorch and against each other."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron import artifact
+from minitron import artifact, metrics
 from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.data.sampling import Blend, TokenWindows
@@ -146,6 +148,14 @@ def test_samples_of_a_run_are_chosen_in_its_order(world):
     visited = {blend.sample_id(index, seed=SEED) for index in range(4)}
     assert named == visited | {valid.sample_id(n) for n in range(3)}
     assert len(choose_samples(data, max_samples=70, seed=SEED).keys) == 10
+
+
+def test_choosing_samples_is_said_to_end(world, monkeypatch):
+    said = []
+    monkeypatch.setattr(metrics, "log", said.append)
+    monkeypatch.setattr(metrics.sys, "stderr", io.StringIO())
+    choose_samples(world[2], max_samples=6, seed=SEED)
+    assert ["choosing samples: 100%, 6/6 samples" in line for line in said] == [True]
 
 
 @pytest.mark.parametrize(
