@@ -83,6 +83,18 @@ class DistillConfig:
         if not 0 < self.top_p <= 1:
             raise MinitronError(f"distill.top_p={self.top_p} must lie in (0, 1]")
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse to compare more tokens than both models know.
+
+        Raises:
+            MinitronError: with the size.
+        """
+        if self.loss == "top_k" and self.top_k > vocab_size:
+            raise MinitronError(
+                f"distill.top_k={self.top_k} is more than the vocabulary of {vocab_size}; lower "
+                "it, or set distill.loss=forward_kl for all of it"
+            )
+
     @property
     def objective(self) -> Objective:
         """The loss as `minitron.ops` has it."""

@@ -164,6 +164,7 @@ class _Model:
             student.vocab_size,
             self.tokenizer.vocab_size if self.tokenizer else None,
         )
+        distill.check_vocabulary(self.vocab_size)
         self.largest_vocab = max(self._arch.vocab_size, student.vocab_size)
         self._topology = config.topology(topology, self._arch.num_layers)
         check_parallel(self._arch, self._topology.config)

@@ -152,3 +152,14 @@ def test_agreement_on_held_out_data(run, tmp_path):
 def test_settings_without_sense_are_refused(keys, message):
     with pytest.raises(MinitronError, match=f"^{re.escape(message)}$"):
         DistillConfig(**keys)
+
+
+def test_more_tokens_than_there_are_cannot_be_compared():
+    DistillConfig(loss="top_k", top_k=61).check_vocabulary(61)
+    DistillConfig(top_k=62).check_vocabulary(61)  # of another loss
+    message = (
+        "distill.top_k=62 is more than the vocabulary of 61; lower it, or set "
+        "distill.loss=forward_kl for all of it"
+    )
+    with pytest.raises(MinitronError, match=f"^{re.escape(message)}$"):
+        DistillConfig(loss="top_k", top_k=62).check_vocabulary(61)

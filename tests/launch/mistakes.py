@@ -148,6 +148,11 @@ MISTAKES = {
         (*DISTILL[2:], "--teacher.logits", "no", "--teacher.window", 2),
         "teacher.window is of a teacher at hand, not of the store no; leave it out, or give",
     ),
+    "more tokens than there are": (
+        "distill",
+        (*DISTILL, "--distill.loss", "top_k", "--distill.top_k", 5000),
+        r"distill.top_k=5000 is more than the vocabulary of 61; lower it, or set distill.loss=forw",
+    ),
     "two teachers": ("distill", (*DISTILL, "--teacher.logits", "no"), ".*logits; both were given"),
     "layer that no student has": (
         "distill",
