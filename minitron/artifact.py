@@ -22,9 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import MinitronError
+from minitron.metrics import METRICS
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
+INPUTS = "inputs.json"
+# What a directory keeps of how it was made, which makes it no other.
+_RECORDS = (RECIPE, INPUTS, METRICS)
+# Bytes that a fingerprint reads of a file's begin, and pieces of the whole and bytes of each.
+_BEGIN, _PIECES, _PIECE = 1 << 20, 64, 4096
 _REMEDY = "delete it to use the directory unchecked, or create the directory again"
 _VERSIONED = ("minitron", "torch", "megatron-core", "safetensors", "tokenizers", "sentencepiece")
 
@@ -194,24 +200,34 @@ def sha256(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """A short hash that identifies a model, score or data path without reading all its bytes.
 
-    A directory that minitron wrote is identified by its manifest, which holds the hash of every
-    file; any other by the names and sizes of its files and the content of the small ones (1 MiB).
+    A directory that minitron wrote is identified by the names and hashes in its manifest, but for
+    the records of how it was made: a run that is finished again makes the same model. Any other is
+    identified by the names and sizes of its files, the first MiB of each (where safetensors say
+    what they hold) and pieces spread evenly over the larger ones: files that agree in all that and
+    differ between the pieces are not told apart.
 
     Raises:
-        MinitronError: there is nothing at `path`.
+        MinitronError: there is nothing at `path`, or its manifest is damaged.
     """
     if path.is_file():
         return sha256(path)[:16]
     if not path.is_dir():
         raise MinitronError(f"{path} does not exist")
-    if (path / MANIFEST).exists():
-        return sha256(path / MANIFEST)[:16]
     digest = hashlib.sha256()
+    if manifest := read_manifest(path):
+        for name, entry in sorted(manifest["files"].items()):
+            if name not in _RECORDS:
+                digest.update(f"{name}:{entry['sha256']};".encode())
+        return digest.hexdigest()[:16]
     for file in sorted(p for p in path.iterdir() if p.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
-        if size <= 1 << 20:
-            digest.update(file.read_bytes())
+        with file.open("rb") as content:
+            digest.update(content.read(_BEGIN))
+            if size > _BEGIN:
+                for piece in range(_PIECES):
+                    content.seek((size - _PIECE) * piece // (_PIECES - 1))
+                    digest.update(content.read(_PIECE))
     return digest.hexdigest()[:16]
 
 

@@ -284,12 +284,44 @@ def test_fingerprint_of_nothing(tmp_path):
         artifact.fingerprint(tmp_path / "a")
 
 
-def test_fingerprint_of_an_artifact_is_that_of_its_manifest(model):
+@pytest.mark.parametrize("position", [0, 1 << 20, 3 << 20])
+def test_fingerprint_sees_the_content_of_large_files(tmp_path, position):
+    """In the begin, and further on as far as training spreads what it changes."""
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(os.urandom((3 << 20) + 100_000))
+    weights.write_bytes(content)
+    before = artifact.fingerprint(tmp_path)
+    content[position : position + 100_000] = os.urandom(100_000)
+    weights.write_bytes(content)
+    assert artifact.fingerprint(tmp_path) != before
+
+
+def test_fingerprint_reads_little_of_large_files(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 40)  # takes no room, but would take hours to read
+    artifact.fingerprint(tmp_path)
+
+
+def test_fingerprint_of_an_artifact_is_of_what_its_manifest_lists(model):
     before = artifact.fingerprint(model)
     (model / "note.txt").write_text("a file added later")
     assert artifact.fingerprint(model) == before
-    write_manifest(model, stage="train", recipe={"seed": 2}, parents={})
+    (model / "note.txt").unlink()
+    (model / "weights.bin").write_bytes(bytes(2560))
+    write_manifest(model, stage="train", recipe={"seed": 1}, parents={}, metrics={"loss": 2.5})
     assert artifact.fingerprint(model) != before
+
+
+def test_fingerprint_is_not_of_how_an_artifact_was_made(model, monkeypatch):
+    """The same weights from a run that was finished twice."""
+    before = artifact.fingerprint(model)
+    for name in ("recipe.yaml", "inputs.json", "metrics.jsonl"):
+        (model / name).write_text("other")
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--resume"])
+    old = artifact.read_manifest(model)
+    write_manifest(model, stage="train", recipe={"seed": 2}, parents={"model": model})
+    assert artifact.read_manifest(model)["command"] != old["command"]
+    assert artifact.fingerprint(model) == before
 
 
 # Still what it was

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minitron import artifact
 from minitron.errors import MinitronError
+from minitron.metrics import log
 from minitron.model.arch import Architecture
 
 SCORES_FILE = "scores.safetensors"
@@ -160,11 +161,16 @@ def check_origin(scores_path: Path, model_dir: Path) -> None:
     """Refuse scores whose manifest says that they were measured on another model.
 
     Raises:
-        MinitronError: the fingerprints differ. Scores without a manifest pass.
+        MinitronError: the fingerprints differ. Scores without a manifest pass, with a warning.
     """
-    manifest = artifact.read_manifest(scores_path if scores_path.is_dir() else scores_path.parent)
+    directory = scores_path if scores_path.is_dir() else scores_path.parent
+    manifest = artifact.read_manifest(directory)
     measured_on = (manifest or {}).get("parents", {}).get("model")
     if measured_on is None:
+        log(
+            f"{directory} does not say which model its scores are of; if they are not of "
+            f"{model_dir}, they prune at random: keep their {artifact.MANIFEST} beside them"
+        )
         return
     fingerprint = artifact.fingerprint(model_dir)
     if measured_on["fingerprint"] != fingerprint:

@@ -37,8 +37,6 @@ from minitron.parallel import Topology
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 
-INPUTS = "inputs.json"
-
 # What says only how this attempt is made.
 _ATTEMPT_KEYS = ("out", "resume", "overwrite", "until_step", "allow_change")
 # What may differ between the attempts of one run: where it runs and what it writes; and the
@@ -101,7 +99,7 @@ def open_run(recipe: Any, inputs: Mapping[str, str]) -> None:
             _check_same_run(recipe, inputs)
         (out / artifact.MANIFEST).unlink(missing_ok=True)
         config.save(recipe, saved)
-        artifact.write_json(out / INPUTS, dict(inputs))
+        artifact.write_json(out / artifact.INPUTS, dict(inputs))
 
     parallel.on_rank_zero(prepare)
 
@@ -219,8 +217,11 @@ def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
     """Refuse to go on with another recipe or other inputs than before, but for what may change."""
     saved, out = recipe.out / artifact.RECIPE, recipe.out
     old, new = dict(_flatten(_read_recipe(saved))), dict(_flatten(config.to_dict(recipe)))
-    if (out / INPUTS).exists():  # older runs have none
-        old |= {f"fingerprint of {role}": x for role, x in artifact.read_json(out / INPUTS).items()}
+    if (out / artifact.INPUTS).exists():  # older runs have none
+        old |= {
+            f"fingerprint of {role}": x
+            for role, x in artifact.read_json(out / artifact.INPUTS).items()
+        }
         new |= {f"fingerprint of {role}": x for role, x in inputs.items()}
     differences = {
         key: f"{key}: {old.get(key)} -> {new.get(key)}"
@@ -235,7 +236,9 @@ def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
             remedy = f"add --allow-change, or {remedy}"
         only_inputs = all(key.startswith("fingerprint") for key in changed)
         before = (
-            f"other inputs than {out / INPUTS}" if only_inputs else f"another recipe than {saved}"
+            f"other inputs than {out / artifact.INPUTS}"
+            if only_inputs
+            else f"another recipe than {saved}"
         )
         raise MinitronError(
             f"--resume would continue a run with {before}: "

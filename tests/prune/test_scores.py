@@ -120,18 +120,26 @@ def test_single_zeros_are_scores_too():
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_scores_of_another_model_are_refused(tmp_path, as_file):
+def test_scores_of_another_model_are_refused(tmp_path, as_file, caplog):
     save_llama(tmp_path / "model", seed=0)
     save_llama(tmp_path / "other", seed=1)
     directory = tmp_path / "scores"
     directory.mkdir()
     save_scores(directory, random_importance(ARCH))
     path = directory / SCORES_FILE if as_file else directory
-    check_origin(path, tmp_path / "other")  # nothing says what it was measured on
+    with caplog.at_level("INFO"):
+        check_origin(path, tmp_path / "other")
+    assert caplog.messages == [
+        f"{directory} does not say which model its scores are of; if they are not of "
+        f"{tmp_path / 'other'}, they prune at random: keep their manifest.json beside them"
+    ]
+    caplog.clear()
     artifact.write_manifest(
         directory, stage="importance", recipe={}, parents={"model": tmp_path / "model"}
     )
-    check_origin(path, tmp_path / "model")
+    with caplog.at_level("INFO"):
+        check_origin(path, tmp_path / "model")
+    assert not caplog.messages
     with pytest.raises(MinitronError) as caught:
         check_origin(path, tmp_path / "other")
     message = str(caught.value)
@@ -139,6 +147,21 @@ def test_scores_of_another_model_are_refused(tmp_path, as_file):
     for directory in (tmp_path / "model", tmp_path / "other"):
         assert str(directory) in message
         assert artifact.fingerprint(directory) in message
+
+
+def test_scores_of_a_large_model_of_the_same_shape_are_refused(tmp_path):
+    for seed, name in enumerate(("model", "same", "other")):
+        save_llama(tmp_path / name, seed=seed // 2, vocab_size=8192)
+        assert (tmp_path / name / "model.safetensors").stat().st_size > 1 << 20
+    directory = tmp_path / "scores"
+    directory.mkdir()
+    save_scores(directory, random_importance(ARCH))
+    artifact.write_manifest(
+        directory, stage="importance", recipe={}, parents={"model": tmp_path / "model"}
+    )
+    check_origin(directory, tmp_path / "same")
+    with pytest.raises(MinitronError, match="scores belong to another model"):
+        check_origin(directory, tmp_path / "other")
 
 
 def test_top_indices_against_sorting_by_hand():
