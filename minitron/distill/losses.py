@@ -140,14 +140,18 @@ class Distillation(abc.ABC):
     Args:
         source: of the teacher's side.
         config: the loss.
+        knows_top1: whether the source knows the teacher's most probable tokens.
     """
 
-    training_losses: tuple[str, ...] = ("loss", "kl", "ce", "top1_agreement", "compared")
-    validation_losses: tuple[str, ...] = ("val_loss", "val_kl", "val_top1_agreement")
-
-    def __init__(self, source: Source, config: DistillConfig) -> None:
+    def __init__(self, source: Source, config: DistillConfig, *, knows_top1: bool = True) -> None:
         self._source = source
         self._config = config
+        self._knows_top1 = knows_top1
+        self.training_losses: tuple[str, ...] = ("loss", "kl", "ce")
+        self.validation_losses: tuple[str, ...] = ("val_loss", "val_kl")
+        if knows_top1:
+            self.training_losses += ("top1_agreement", "compared")
+            self.validation_losses += ("val_top1_agreement",)
 
     def window(self, microbatches: Sequence[Batch]) -> int | None:
         """Micro-batches of a step to `prepare` at a time; None for all."""
@@ -160,39 +164,37 @@ class Distillation(abc.ABC):
     def training(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """The `loss`, and for reading the forward `kl`, the cross-entropy `ce`, whether the student
-        agrees with the teacher on the most probable token, and where that was `compared`, [s, b].
+        """The `loss`, and for reading the forward `kl`, the cross-entropy `ce`, and if known
+        whether the student agrees with the teacher on the most probable token, and where that was
+        `compared`, [s, b].
         """
-        found = self._losses(model, hidden, batch, index, AGREEMENT_STRIDE)
+        stride = AGREEMENT_STRIDE if self._knows_top1 else 0
+        found = self._losses(model, hidden, batch, index, stride)
         assert found.cross_entropy is not None
-        assert found.top1_agreement is not None
+        losses = {"loss": found.loss, "kl": found.forward_kl, "ce": found.cross_entropy}
+        if found.top1_agreement is None:
+            return losses
         compared = torch.zeros_like(found.forward_kl)
         compared[::AGREEMENT_STRIDE] = 1
-        return {
-            "loss": found.loss,
-            "kl": found.forward_kl,
-            "ce": found.cross_entropy,
-            "top1_agreement": found.top1_agreement,
-            "compared": compared,
-        }
+        return {**losses, "top1_agreement": found.top1_agreement, "compared": compared}
 
     def validation(
         self, model: LlamaModel, hidden: Tensor, batch: Batch, index: int
     ) -> dict[str, Tensor]:
-        """The student's own cross-entropy `val_loss`, its divergence `val_kl`, and whether it
-        agrees with the teacher on the most probable token, each [s, b].
+        """The student's own cross-entropy `val_loss`, its divergence `val_kl`, and if known whether
+        it agrees with the teacher on the most probable token, each [s, b].
         """
-        found = self._losses(model, hidden, batch, index, 1)
+        found = self._losses(model, hidden, batch, index, 1 if self._knows_top1 else 0)
         assert found.cross_entropy is not None
-        assert found.top1_agreement is not None
-        return {
-            "val_loss": found.cross_entropy,
-            "val_kl": found.forward_kl,
-            "val_top1_agreement": found.top1_agreement,
-        }
+        losses = {"val_loss": found.cross_entropy, "val_kl": found.forward_kl}
+        if found.top1_agreement is None:
+            return losses
+        return {**losses, "val_top1_agreement": found.top1_agreement}
 
     def finish(self, losses: dict[str, float]) -> dict[str, float]:
         """The means, that of the agreement over the tokens compared, if there were any."""
+        if not self._knows_top1:
+            return losses
         losses = dict(losses)
         agreement, compared = losses.pop("top1_agreement"), losses.pop("compared")
         return {**losses, "top1_agreement": agreement / compared} if compared else losses

@@ -145,11 +145,9 @@ class Oracle:
         loss = config.temperature**config.temperature_power * objective
         parameters = dict(self._student.named_parameters())
         ce = self._cross_entropy
-        record = {
-            "kl": kl.item(),
-            "ce": ce.item(),
-            "top1_agreement": self._agreement(case.store).item(),
-        }
+        record = {"kl": kl.item(), "ce": ce.item()}
+        if case.store != "draws":
+            record["top1_agreement"] = self._agreement.item()
         if case.intermediate.states:
             run = dataclasses.replace(self._run, intermediate=case.intermediate)
             plain = reference.Intermediate(run, self._student, self._teacher)
@@ -197,9 +195,9 @@ class Oracle:
             drawn[row].scatter_(-1, torch.from_numpy(targets.ids) % (VOCAB + 1), weights)
         return drawn[..., :VOCAB]
 
-    def _agreement(self, store: str | None) -> Tensor:
+    @functools.cached_property
+    def _agreement(self) -> Tensor:
         """How often the most probable tokens are the same, at the positions that are looked at."""
-        teacher = self._drawn if store == "draws" else self._target
-        agrees = self._output.argmax(-1) == teacher.argmax(-1)
+        agrees = self._output.argmax(-1) == self._target.argmax(-1)
         looked_at = self._batch.loss_mask * (torch.arange(agrees.size(1)) % AGREEMENT_STRIDE == 0)
         return (agrees * looked_at).sum() / looked_at.sum()

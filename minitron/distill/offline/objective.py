@@ -18,7 +18,7 @@ class StoredDistillation(Distillation):
 
     To the top k it is the divergence of k + 1 bins, never more than the whole one. To draws its
     mean and that of its gradient over the draws are those of the whole divergence; a single token's
-    may be negative.
+    may be negative, and which token is the most probable is not known: few draws often tie.
 
     Args:
         teacher: reads the store.
@@ -35,7 +35,7 @@ class StoredDistillation(Distillation):
                 "store does not hold; set distill.loss=forward_kl, or teacher.path instead of "
                 "teacher.logits"
             )
-        super().__init__(teacher, config)
+        super().__init__(teacher, config, knows_top1=teacher.store.info.draws is None)
         self._teacher = teacher
 
     def _losses(

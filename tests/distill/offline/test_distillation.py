@@ -230,7 +230,9 @@ def test_top_k_is_the_divergence_of_its_bins(world, tmp_path):
 
 def test_draws_are_an_estimate_of_the_divergence(world, tmp_path):
     root, student, teacher = world
-    run, _, trained, gradients = _run(world, tmp_path, "pp2", "draws")
+    run, validated, trained, gradients = _run(world, tmp_path, "pp2", "draws")
+    assert validated.keys() == {"step", "tokens", "val_loss", "val_kl"}
+    assert "top1_agreement" not in trained  # of few draws several are often as frequent
     batch = reference.global_batch(run, 0)
     store = LogitStore(root / "draws")
     counts = torch.zeros(*batch.tokens.shape, VOCAB + 1, dtype=torch.float64)
