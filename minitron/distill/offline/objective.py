@@ -35,7 +35,8 @@ class StoredDistillation(Distillation):
                 "store does not hold; set distill.loss=forward_kl, or teacher.path instead of "
                 "teacher.logits"
             )
-        super().__init__(teacher, config, knows_top1=teacher.store.info.draws is None)
+        self.is_estimate = teacher.store.info.draws is not None
+        super().__init__(teacher, config, knows_top1=not self.is_estimate)
         self._teacher = teacher
 
     def _losses(
