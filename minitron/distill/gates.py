@@ -14,7 +14,8 @@ from torch import Tensor
 
 from minitron.data.batches import Batch
 from minitron.data.tokenizer import Tokenizer, find_tokenizer
-from minitron.distill.losses import Distillation, shared_columns
+from minitron.distill.losses import shared_columns
+from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
@@ -122,22 +123,23 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
 
 
 def check_stored_start(
-    objective: Distillation, student: Sequence[LlamaModel], batch: Batch
+    objective: StoredDistillation, student: Sequence[LlamaModel], batch: Batch
 ) -> None:
     """Log the student's losses on a first micro-batch; its teacher passed `check_teacher`.
 
     Args:
-        objective: reads a store.
+        objective: from a store.
         student: this rank's chunks.
         batch: this rank's first micro-batch of training data.
     """
     losses, names = objective.validation, objective.validation_losses
     means = evaluate(student, [batch], losses, names, prepare=objective.prepare)
     if means["tokens"]:
+        estimate = " (estimated from draws, it may be below zero)" if objective.is_estimate else ""
         log(
             "before the first step, in nats a token: "
             f"student's loss {means['val_loss']:.4f}, KL from the stored teacher "
-            f"{means['val_kl']:.4f}"
+            f"{means['val_kl']:.4f}{estimate}"
         )
 
 

@@ -66,7 +66,7 @@ def render(runs: Sequence[Run], table: Table) -> str:
         _section(
             "Training",
             _grid(
-                _figure(plots.training_figure(run, color), caption=run.name)
+                _figure(plots.training_figure(run, color), caption=run.name + _note(run))
                 for color, run in enumerate(trained)
             ),
         ),
@@ -110,6 +110,13 @@ def _section(title: str, content: str) -> str:
     return (
         f'<section aria-labelledby="{name}">\n<h2 id="{name}">{title}</h2>\n{content}\n</section>'
     )
+
+
+def _note(run: Run) -> str:
+    """What explains a KL below zero."""
+    if run.training is None or not (run.training["kl"] < 0).any():
+        return ""
+    return "; a KL estimated from draws of the teacher may be below zero"
 
 
 def _figure(svg: str | None, *, caption: str = "") -> str:

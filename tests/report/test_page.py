@@ -71,6 +71,15 @@ def test_page_holds_table_plots_and_provenance(run_dirs, tmp_path):
     assert (tmp_path / "out" / "report.md").read_text() == table.markdown()
 
 
+def test_a_divergence_below_zero_is_explained(tmp_path):
+    above = training_run(tmp_path / "above", [5.0, 3.0], kl=0.5)
+    below = training_run(tmp_path / "below", [5.0, 3.0], kl=-0.1)
+    page.write_report([above, below], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert text.count("a KL estimated from draws of the teacher may be below zero") == 1
+    assert "below; a KL" in text
+
+
 def test_page_needs_no_network(run_dirs, tmp_path):
     page.write_report(run_dirs, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()

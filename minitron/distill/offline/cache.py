@@ -64,7 +64,8 @@ class CacheConfig:
     top_k: int | None = None
     """The most probable successors, with the probability of all others as one more number."""
     draws: int | None = None
-    """Successors drawn in proportion to their probability, an unbiased estimate of all of it."""
+    """Successors drawn in proportion to their probability, an unbiased estimate of all of it; the
+    KL divergence that it gives may be below zero."""
     temperature: float = 1.0
     """Divides the logits; has to be the `distill.temperature` of the students."""
     max_samples: int | None = None
