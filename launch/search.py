@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,8 +76,8 @@ class Recipe:
     """What memory and latency are counted for."""
     list_only: bool = False
     """Only print the shapes that fit and what they cost; one process is enough."""
-    data: DataConfig
-    """Data of the race, and of validation, which decides."""
+    data: DataConfig | None = None
+    """Data of the race, and of validation, which decides; not needed with `list_only`."""
     out: Path
     """Directory of the search."""
     race: RaceConfig = field(default_factory=RaceConfig)
@@ -99,7 +100,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.race.all_rungs(self.train.steps)
-        if not self.data.valid_path:
+        if self.grid == GridConfig():
+            axes = ", ".join(f"grid.{axis.name}" for axis in dataclasses.fields(GridConfig))
+            raise MinitronError(f"the grid has no sizes to search; give at least one of {axes}")
+        if self.data is None and not self.list_only:
+            raise MinitronError(
+                "a race needs data; give --data.path and --data.valid_path, or --list_only to "
+                "count shapes without a race"
+            )
+        if self.data is not None and not self.data.valid_path and not self.list_only:
             raise MinitronError("shapes are compared by validation loss; give --data.valid_path")
         if self.distill.intermediate.states:
             raise MinitronError(
@@ -123,6 +132,7 @@ def main(recipe: Recipe) -> None:
         if is_rank_zero():
             print(results.table(()), flush=True)
         return
+    assert recipe.data is not None, "the recipe has checked"
     topology = initialize(recipe.parallel, seed=recipe.seed)
     inputs = [recipe.model.path, recipe.scores.path]
     on_rank_zero(
@@ -189,8 +199,8 @@ def _count(recipe: Recipe, source: Architecture) -> Results:
         lambda arch: check_candidate(source, arch, recipe.parallel),
     )
     if refused:
-        log(f"{len(refused)} shapes of the grid are left out, the first because {refused[0]}")
-    log(f"{len(shapes)} shapes fit the budgets")
+        log(f"left out of the grid: {len(refused)}, the first because {refused[0]}")
+    log(f"shapes that fit the budgets: {len(shapes)}")
     return Results(source=source, candidates=[Candidate(shape=shape) for shape in shapes])
 
 

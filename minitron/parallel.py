@@ -100,7 +100,7 @@ class ParallelConfig:
         model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if world_size % model:
             raise MinitronError(
-                f"{world_size} ranks do not divide into groups of "
+                f"the number of ranks, {world_size}, does not divide into groups of "
                 f"parallel.tensor_model_parallel_size={self.tensor_model_parallel_size} x "
                 f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size} = "
                 f"{model}; start a multiple of {model} ranks (torchrun --nproc-per-node)"

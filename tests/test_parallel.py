@@ -74,7 +74,8 @@ def test_data_parallelism_takes_the_rest():
     with pytest.raises(MinitronError) as caught:
         config.data_parallel_size(8)
     assert str(caught.value) == (
-        "8 ranks do not divide into groups of parallel.tensor_model_parallel_size=2 x "
+        "the number of ranks, 8, does not divide into groups of "
+        "parallel.tensor_model_parallel_size=2 x "
         "parallel.pipeline_model_parallel_size=3 = 6; start a multiple of 6 ranks "
         "(torchrun --nproc-per-node)"
     )
@@ -180,7 +181,7 @@ def _message(parallel):
 def test_a_number_of_ranks_that_does_not_divide_is_refused_on_every_rank():
     messages = run_distributed(_message, 3, ParallelConfig(tensor_model_parallel_size=2))
     assert len(set(messages)) == 1
-    assert messages[0].startswith("3 ranks do not divide into groups of ")
+    assert messages[0].startswith("the number of ranks, 3, does not divide into groups of ")
 
 
 def test_one_process_needs_no_torchrun():

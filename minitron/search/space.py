@@ -216,7 +216,7 @@ def _nothing_fits(
     number = len(met["params"])
     if not number:
         return MinitronError(
-            f"none of the grid's {len(refused)} shapes can be made of this model, the first "
+            f"no shape of the grid, out of {len(refused)}, can be made of this model, the first "
             f"because {refused[0]}; change the grid"
         )
     limits = [
@@ -226,6 +226,6 @@ def _nothing_fits(
         if met.get(name)
     ]
     return MinitronError(
-        f"none of the grid's {number} shapes fits {' and '.join(limits)}; change the grid or the "
-        "budgets"
+        f"no shape of the grid, out of {number}, fits {' and '.join(limits)}; change the grid "
+        "or the budgets"
     )

@@ -36,12 +36,15 @@ RACE_DIR = "race"
 
 
 def check_candidate(source: Architecture, arch: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a shape that the source cannot be pruned to, or that the ranks cannot share.
+    """Refuse the source's own shape, one that it cannot be pruned to, or that ranks cannot share.
 
     Raises:
         MinitronError: with the sizes.
     """
     sizes = {name: getattr(arch, name) for name in SIZES}
+    if arch == source:
+        shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise MinitronError(f"{shown} is the model's own shape")
     PruneConfig(**sizes).target(source)
     check_parallel(arch, parallel)
 

@@ -57,8 +57,9 @@ MISTAKES = {
     "ranks do not divide": (
         "eval",
         (*EVAL, "--parallel.tensor_model_parallel_size", 2),
-        "1 ranks do not divide into groups of parallel.tensor_model_parallel_size=2 x "
-        "parallel.pipeline_model_parallel_size=1 = 2; start a multiple of 2 ranks",
+        "the number of ranks, 1, does not divide into groups of "
+        "parallel.tensor_model_parallel_size=2 x parallel.pipeline_model_parallel_size=1 = 2; "
+        "start a multiple of 2 ranks",
     ),
     "layers do not add up": (
         "train",

@@ -122,7 +122,7 @@ def test_what_lies_between_the_two_llamas():
     assert len(found) == 18
     assert found[32, 3072, 9216] == 4_512_746_496  # Llama-3.1-Minitron-4B-Width
     assert found[16, 4096, 14336] == 4_540_469_248  # and Depth
-    assert not refused
+    assert [str(error).split(" is ")[1] for error in refused] == ["the model's own shape"]
 
 
 def test_axes_that_are_not_given_stay_and_those_given_win_over_the_preset():
@@ -209,6 +209,19 @@ def test_shapes_that_cannot_be_are_told_apart():
     assert "not divisible by parallel.tensor_model_parallel_size=2" in reasons
 
 
+def test_the_models_own_shape_is_none_to_search():
+    grid = GridConfig(num_layers=[28, 32])
+    shapes, refused = find_shapes(
+        LLAMA_8B,
+        grid,
+        BudgetConfig(),
+        {"params": params},
+        lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig()),
+    )
+    assert [shape.arch.num_layers for shape in shapes] == [28]
+    assert "is the model's own shape" in str(*refused)
+
+
 def test_a_name_tells_all_sizes():
     assert Shape(arch=LLAMA_8B, costs={}).name == "L32-h4096-f14336-n32-g8"
 
@@ -247,8 +260,8 @@ def test_budgets_that_nothing_fits():
     with pytest.raises(MinitronError) as caught:
         find_shapes(LLAMA_8B, grid, budget, costs, accept)
     assert str(caught.value) == (
-        "none of the grid's 2 shapes fits budget.params=[1000000000.0, 2000000000.0], where they "
-        "have 4.54e+09 to 8.03e+09; change the grid or the budgets"
+        "no shape of the grid, out of 2, fits budget.params=[1000000000.0, 2000000000.0], where "
+        "they have 4.54e+09 to 8.03e+09; change the grid or the budgets"
     )
 
 
@@ -262,6 +275,6 @@ def test_a_grid_of_which_nothing_can_be_made():
             lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig()),
         )
     assert str(caught.value) == (
-        "none of the grid's 1 shapes can be made of this model, the first because "
+        "no shape of the grid, out of 1, can be made of this model, the first because "
         "prune.num_layers=64, but the model has 32; choose 1 to 32; change the grid"
     )

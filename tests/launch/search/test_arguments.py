@@ -9,13 +9,12 @@ from tests.tiny import save_llama
 
 
 def test_shapes_can_be_listed_without_data_or_weights(inputs, tmp_path, capsys):
-    model = inputs[1]
+    _, model, _, training, arguments = inputs
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
     call(
-        "search", *inputs[-1], "--model", tmp_path / "model", "--scores", tmp_path / "none",
-        "--data.path", tmp_path / "none", "--data.valid_path", tmp_path / "none",
-        "--list_only", "--out", tmp_path / "out",
+        "search", *arguments[: -len(training)], "--model", tmp_path / "model",
+        "--scores", tmp_path / "none", "--list_only", "--out", tmp_path / "out",
     )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[:2] == ["1", "L4-h16-f48-n8-g2"]
@@ -52,7 +51,7 @@ def test_a_latency_budget_is_measured(inputs, tmp_path, capsys):
             "distill.intermediate.states=['embedding'] pairs layers, which differ from shape to "
             "shape; race on the logits alone",
         ),
-        (("--budget.params", 1e3), "none of the grid's 4 shapes fits budget.params=[1000.0]"),
+        (("--budget.params", 1e3), "no shape of the grid, out of 4, fits budget.params=[1000.0]"),
     ],
 )
 def test_mistakes(inputs, tmp_path, flags, message):
@@ -63,6 +62,26 @@ def test_mistakes(inputs, tmp_path, flags, message):
     arguments += flags if flags[1:] else ()
     with pytest.raises(MinitronError) as caught:
         call("search", *arguments, "--out", tmp_path / "out")
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            (),
+            "the grid has no sizes to search; give at least one of grid.preset, grid.num_layers, ",
+        ),
+        (
+            ("--grid.num_layers", 2),
+            "a race needs data; give --data.path and --data.valid_path, or ",
+        ),
+    ],
+)
+def test_what_a_race_needs(inputs, tmp_path, flags, message):
+    _, model, scores, *_ = inputs
+    with pytest.raises(MinitronError) as caught:
+        call("search", "--model", model, "--scores", scores, *flags, "--out", tmp_path / "out")
     assert str(caught.value).startswith(message)
 
 
