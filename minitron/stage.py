@@ -8,6 +8,7 @@ same mistake again, or the echo of a lost peer.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -168,8 +170,19 @@ def _report(message: str) -> None:
         time.sleep(GRACE_S)
         if distributed is not None:
             return
+    _tell_torchrun(message)
     sys.stderr.write(f"{message}\n")  # in one piece: other ranks write here too
     sys.stderr.flush()
+
+
+def _tell_torchrun(message: str) -> None:
+    """Put a failure where torchrun looks for what its summary says of this rank."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        return
+    details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 def _is_first_failure(distributed: Any) -> bool:

@@ -127,10 +127,11 @@ def test_a_mistake_on_two_ranks_is_one_line_and_ends_both(stage, arguments, mess
     result = Launch(stage, *arguments, "--out", "out", cwd=world, ranks=2).wait()
     assert result.status != 0
     ours, elastic, report = result.err.partition("torch/distributed/elastic")
-    assert result.err.count("error: ") == ours.count(f"error: {message}") == 1
+    assert ours.count("error: ") == ours.count(f"error: {message}") == 1
     assert "Traceback" not in ours
     assert elastic
     assert "exitcode  : 2" in report
+    assert f"traceback : error: {message}" in report
     assert not (world / "out").exists()
 
 
