@@ -7,7 +7,7 @@
 #     bash launch/chain.sh ROUNDS MODEL OUT IMPORTANCE.yaml PRUNE.yaml [DISTILL.yaml]
 #
 # Round i writes OUT/i/scores, OUT/i/pruned and OUT/i/distilled; the recipes' own model, teacher,
-# student, scores and out are not read. RUN starts the stages that need ranks:
+# student, scores and out are not read. RUN starts the stages, all on the same ranks:
 #
 #     RUN="torchrun --nproc-per-node 8" bash launch/chain.sh 2 /models/Llama-3.1-8B /results/chain ...
 set -euo pipefail
@@ -21,7 +21,7 @@ model=$teacher
 for ((left = rounds; left > 0; left--)); do
     round=$out/$((rounds - left + 1))
     $run "$launch/importance.py" --config "$importance" --model "$model" --out "$round/scores"
-    python "$launch/prune.py" --config "$prune" --model "$model" --scores "$round/scores" \
+    $run "$launch/prune.py" --config "$prune" --model "$model" --scores "$round/scores" \
         --prune.rounds "$left" --out "$round/pruned"
     model=$round/pruned
     if [[ -n $distill ]]; then

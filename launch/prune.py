@@ -22,7 +22,13 @@ from minitron.parallel import (
 )
 from minitron.platform import Precision
 from minitron.prune.baselines import baseline_scores
-from minitron.prune.check import CheckConfig, compare_losses, losses_table
+from minitron.prune.check import (
+    CheckConfig,
+    calibration_data,
+    check_finite,
+    compare_losses,
+    losses_table,
+)
 from minitron.prune.depth import load_depth, ranked_layers
 from minitron.prune.importance import ImportanceConfig, measure_importance
 from minitron.prune.pruning import (
@@ -58,9 +64,10 @@ class ScoresSource:
 class Recipe:
     """Slice a model to a smaller shape, keeping what is important: what importance scores rank
     highest, those of `scores.path` or new ones measured on `data`. Naming layers to drop needs
-    neither. What was written is read back and compared; with `data`, its loss is shown beside the
-    source's and that of a student pruned at random. Several ranks share measuring, slicing and
-    checking.
+    neither. What was written is read back and compared, and runs once: on `data`, or on what the
+    scores were measured on, its loss is shown beside the source's and that of a student pruned at
+    random. Several ranks share measuring, slicing and checking. Options count layers from 1,
+    `pruning.json` in `out` counts layers and everything else from 0.
     """
 
     model: ModelSource
@@ -76,15 +83,17 @@ class Recipe:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """How to measure importance; used only without `scores.path`."""
     data: DataConfig | None = None
-    """What to measure importance on, without `scores.path`, and to check the pruned model on."""
+    """What to measure importance on, without `scores.path`, and to check the pruned model on; for
+    the check, what the scores of `scores.path` were measured on if it is still there."""
     check: CheckConfig = field(default_factory=CheckConfig)
-    """The check of the pruned model's loss; made where `data` is given."""
+    """The check of the pruned model's loss. Without any data the model runs on random tokens, and
+    what comes out has to be finite."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share the forward passes; pruning gives the same result for all."""
     precision: Precision = "fp32"
     """Precision of the measurement; the weights keep the dtype they have."""
     seed: int = 1234
-    """Of prune.method=random; nothing else here is random."""
+    """Of prune.method=random and of the check's random student or tokens."""
 
 
 def main(recipe: Recipe) -> None:
@@ -94,11 +103,12 @@ def main(recipe: Recipe) -> None:
     if "RANK" in os.environ:
         initialize(recipe.parallel)  # the ranks share the tensors
     drop_layers = _drop_layers(recipe, source, target)
+    check_data = _check_data(recipe)
     inputs = [recipe.model.path, recipe.scores.path]
     on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     ranked = needs_scores(source, target, drop_layers)
     scores = _scores(recipe) if ranked else None
-    _write(recipe, source, target, scores, drop_layers)
+    _write(recipe, source, target, scores, drop_layers, check_data)
 
 
 def _drop_layers(
@@ -118,6 +128,19 @@ def _drop_layers(
     depth = load_depth(path)
     check_origin(path, recipe.model.path)
     return ranked_layers(depth, prune.layer_ranking, count)
+
+
+def _check_data(recipe: Recipe) -> DataConfig | None:
+    """What to check the pruned model on: the recipe's data, else that of its scores."""
+    data, check = recipe.data, recipe.check
+    if data is None and recipe.scores.path is not None:
+        data = calibration_data(recipe.scores.path)
+    if data is None and check.samples and check != CheckConfig():
+        raise MinitronError(
+            f"check.samples={check.samples} with check.micro_batch_size={check.micro_batch_size} "
+            "needs data, and there is none that scores were measured on; give --data.path"
+        )
+    return data
 
 
 def _scores(recipe: Recipe) -> ImportanceScores:
@@ -154,6 +177,7 @@ def _write(
     target: Architecture,
     scores: ImportanceScores | None,
     drop_layers: Sequence[int] | None,
+    check_data: DataConfig | None,
 ) -> None:
     prune = recipe.prune
 
@@ -170,8 +194,16 @@ def _write(
 
     plan = plan_by(scores, drop_layers)
     if is_rank_zero():
-        lines = prune.arithmetic(source)
-        print("\n".join([*lines, comparison(source, target)]), flush=True)
+        lines = [*prune.arithmetic(source), comparison(source, target)]
+        if dropped := plan.dropped_layers(source):
+            layers = "layer" if len(dropped) == 1 else "layers"
+            lines.append(f"dropped {layers} {', '.join(map(str, dropped))} (counted from 1)")
+        if prune.merge_heads != "none" and target.num_attention_heads == source.num_attention_heads:
+            lines.append(
+                f"prune.merge_heads={prune.merge_heads} has no effect: all "
+                f"{source.num_attention_heads} query heads stay"
+            )
+        print("\n".join(lines), flush=True)
     parents = {"model": recipe.model.path}
     ranked = scores is not None and prune.method == "activation"
     if recipe.scores.path and (ranked or drop_layers != prune.drop_layers):
@@ -183,13 +215,13 @@ def _write(
     }
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
         prune_model(recipe.model.path, directory, plan)
-        if recipe.data is not None and recipe.check.samples:
+        if recipe.check.samples and check_data is not None:
             chance = baseline_scores("random", source, seed=recipe.seed)
             losses = compare_losses(
                 recipe.model.path,
                 directory,
                 plan_by(chance, None),
-                data=recipe.data,
+                data=check_data,
                 check=recipe.check,
                 parallel=recipe.parallel,
                 precision=recipe.precision,
@@ -197,6 +229,12 @@ def _write(
             if is_rank_zero():
                 print(losses_table(losses, source, target), flush=True)
             results["lm_loss"] = losses
+        elif recipe.check.samples:
+            check_finite(
+                directory, parallel=recipe.parallel, precision=recipe.precision, seed=recipe.seed
+            )
+            if is_rank_zero():
+                print("loss not checked: give --data.path", flush=True)
 
         def manifest() -> None:
             artifact.write_manifest(

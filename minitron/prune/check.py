@@ -2,17 +2,30 @@
 
 A slice in the wrong place gives a model that loads, runs, and is worthless. One forward pass over a
 few samples shows it: the student must be a model of language, better than the same shape cut out at
-random, which is sliced from the source as it is loaded and never written.
+random, which is sliced from the source as it is loaded and never written. Where there is no data, a
+pass over random tokens shows at least that what comes out is finite.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron import metrics, platform
-from minitron.data.batches import DataConfig, EvalBatches, open_windows, prepare_data
+import numpy as np
+
+from minitron import artifact, metrics, platform
+from minitron.data.batches import (
+    Batch,
+    DataConfig,
+    EvalBatches,
+    collate,
+    open_windows,
+    prepare_data,
+)
+from minitron.data.indexed import as_prefix
+from minitron.data.sampling import Sample
 from minitron.data.tokenizer import find_tokenizer
 from minitron.errors import MinitronError
 from minitron.eval.perplexity import evaluate
@@ -20,10 +33,13 @@ from minitron.model.arch import Architecture
 from minitron.model.llama import build_llama, check_parallel, freeze
 from minitron.model.sharding import open_model
 from minitron.model.weights import WeightSource
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
 from minitron.platform import Precision
 from minitron.prune.pruning import PrunedWeights, PruningPlan
 from minitron.train.objective import LanguageModeling
+
+_RANDOM_TOKENS = 8
+"""Of the pass without data, for each tensor-parallel rank, so that these can split them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +47,7 @@ class CheckConfig:
     """The forward pass that checks the pruned model."""
 
     samples: int = 16
-    """Samples of `data` that it runs on; 0 for no check."""
+    """Samples of data that it runs on; 0 for no check at all."""
     micro_batch_size: int = 1
     """Samples that one data-parallel rank takes through the model at a time."""
 
@@ -39,6 +55,19 @@ class CheckConfig:
         for name, lowest in (("samples", 0), ("micro_batch_size", 1)):
             if getattr(self, name) < lowest:
                 raise MinitronError(f"check.{name}={getattr(self, name)} must be at least {lowest}")
+
+
+def calibration_data(scores_path: Path) -> DataConfig | None:
+    """What scores were measured on, if their manifest names it and all of it is still there."""
+    directory = scores_path if scores_path.is_dir() else scores_path.parent
+    manifest = artifact.read_manifest(directory) or {}
+    data = manifest.get("recipe", {}).get("data")
+    if not data:
+        return None
+    for path in data["path"]:
+        if not (Path(path).exists() or Path(f"{as_prefix(path)}.idx").exists()):
+            return None
+    return DataConfig(path=data["path"], seq_length=data["seq_length"])
 
 
 def compare_losses(
@@ -75,12 +104,9 @@ def compare_losses(
         include_remainder=False,
         max_samples=check.samples,
     )
-    objective = LanguageModeling()
 
     def loss(arch: Architecture, weights: WeightSource) -> float:
-        model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
-        names = objective.validation_losses
-        return evaluate([freeze(model)], batches, objective.validation, names)["val_loss"]
+        return _loss(arch, weights, batches, topology, precision)
 
     losses = {
         "source": loss(arch, weights),
@@ -93,6 +119,42 @@ def compare_losses(
             "evaluate the source, and keep more of it"
         )
     return losses
+
+
+def check_finite(
+    student_dir: Path, *, parallel: ParallelConfig, precision: Precision, seed: int
+) -> None:
+    """Run the student once on random tokens; all ranks call this.
+
+    Raises:
+        MinitronError: the sizes do not divide, or the loss is not finite.
+    """
+    arch, weights = open_model(student_dir)
+    check_parallel(arch, parallel)
+    topology = initialize(parallel)
+    length = _RANDOM_TOKENS * topology.tp_size
+    tokens = np.random.default_rng(seed).integers(arch.vocab_size, size=length + 1)
+    sample = Sample(tokens, np.ones(length, np.bool_), (-1, -1))
+    loss = _loss(arch, weights, [collate([sample], size=1, seq_length=length)], topology, precision)
+    if not math.isfinite(loss):
+        raise MinitronError(
+            f"the pruned model's loss on random tokens is {loss}; evaluate the source, and keep "
+            "more of it"
+        )
+
+
+def _loss(
+    arch: Architecture,
+    weights: WeightSource,
+    batches: Iterable[Batch],
+    topology: Topology,
+    precision: Precision,
+) -> float:
+    """Language-model loss of a model that is loaded for this and dropped again."""
+    model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
+    objective = LanguageModeling()
+    names = objective.validation_losses
+    return evaluate([freeze(model)], batches, objective.validation, names)["val_loss"]
 
 
 def losses_table(losses: dict[str, float], source: Architecture, target: Architecture) -> str:

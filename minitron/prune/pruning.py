@@ -56,6 +56,10 @@ class PruningPlan:
     width: WidthPlan
     """Positions within the layers, by source layer."""
 
+    def dropped_layers(self, source: Architecture) -> list[int]:
+        """The layers of the source that go, counted from 1."""
+        return [layer + 1 for layer in range(source.num_layers) if layer not in self.layers]
+
     def to_dict(self) -> dict[str, list | int | None]:
         """The content of `pruning.json`: source positions from 0, null where all are kept."""
         rows = list(self.layers)

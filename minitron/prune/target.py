@@ -32,9 +32,10 @@ class PruneConfig:
     """Key/value heads to keep in each layer. Unless num_attention_heads says otherwise, their query
     heads stay with them."""
     num_layers: int | None = None
-    """Layers to keep; the lowest in layer_ranking go."""
+    """Layers to keep, a number of them; the lowest in layer_ranking go, and are printed."""
     drop_layers: list[int] | None = None
-    """Layers to drop whatever their influence, counted from 1; needs no scores and no data."""
+    """Layers to drop whatever their influence, counted from 1: of 32, the first is 1, the last 32.
+    Needs no scores and no data."""
     layer_ranking: LayerRanking = "block_influence"
     """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss),
     the logits (logit_distance) or the accuracy on tasks (accuracy); the run of neighbours that is
@@ -56,7 +57,7 @@ class PruneConfig:
     merge_heads: HeadMerge = "none"
     """Add to the query projection of kept heads its difference to that of pruned ones, with this
     sign: plus is the paper's formula, minus puts the pruned head in the place of the kept one. No
-    published model uses either; measure before you trust it."""
+    published model uses either; measure before you trust it. No effect where all heads stay."""
     multiple: int = 1
     """Round the hidden size, and the neurons of each rank, to a multiple that suits kernels, such
     as 64 or 128. The arithmetic is printed."""

@@ -199,6 +199,11 @@ MISTAKES = {
         ("--model", "model", "--prune.num_layers", 2),
         "needs importance scores; give --scores.path .* or --data.path",
     ),
+    "a check without data": (
+        "prune",
+        ("--model", "model", "--prune.drop_layers", 2, "--check.samples", 4),
+        "check.samples=4 with check.micro_batch_size=1 needs data, .* give --data.path",
+    ),
     "trials that were not made": (
         "prune",
         (*PRUNE, "--prune.num_layers", 2, "--prune.layer_ranking", "greedy"),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from minitron import artifact, config
@@ -54,7 +56,9 @@ def prune(script):
     def run(*arguments):
         script.main(config.parse(script.Recipe, list(map(str, arguments))))
 
-    return run
+    yield run
+    if dist.is_initialized():
+        dist.destroy_process_group()  # of no use to other tests in this process
 
 
 @pytest.fixture
@@ -99,6 +103,8 @@ def test_named_layers_under_torchrun_need_neither_scores_nor_data(tmp_path, mode
     result = launch("--model", model, *layers, "--out", out, torchrun=2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("wrote") == 1
+    assert result.stdout.count("dropped layers 2, 3 (counted from 1)\n") == 1
+    assert result.stdout.count("loss not checked: give --data.path\n") == 1
     assert json.loads((out / "pruning.json").read_text())["layers"] == [0, 3]
     assert hf.read_architecture(out).num_layers == 2
 
@@ -177,6 +183,54 @@ def test_losses_are_those_of_the_written_model_of_the_source_and_of_chance(tmp_p
     assert [row[-1] for row in rows] == [f"{loss:.4f}" for loss in losses.values()]
 
 
+def test_the_scores_know_the_data_of_the_check(tmp_path, scores, model, prune, capsys):
+    """As long as it is there."""
+    save_llama(model, vocab_size=VOCAB)
+    prefix = write_tokens(tmp_path / "tokens", 5 * SEQ_LENGTH + 1)
+    data = {"path": [str(prefix)], "seq_length": SEQ_LENGTH, "workers": 3}
+    parents = {"model": model}
+    artifact.write_manifest(scores, stage="importance", recipe={"data": data}, parents=parents)
+    arguments = ("--model", model, "--scores", scores, "--prune.num_layers", 3)
+    check = ("--check.samples", 4, "--out", tmp_path / "out", "--overwrite")
+    prune(*arguments, *check)
+    losses = artifact.read_manifest(tmp_path / "out")["metrics"]["lm_loss"]
+    student = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    stream = torch.from_numpy(TokenStream(prefix).read(0, 4 * SEQ_LENGTH + 1))
+    with torch.no_grad():
+        found = student(stream[:-1].view(-1, SEQ_LENGTH)).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(found, stream[1:])
+    assert losses["student"] == pytest.approx(expected.item(), rel=1e-5)
+    assert "loss not checked" not in capsys.readouterr().out
+
+    for file in tmp_path.glob("tokens.*"):
+        file.unlink()
+    with pytest.raises(MinitronError, match=r"check.samples=4 .* needs data, .* give --data.path"):
+        prune(*arguments, *check)
+    prune(*arguments, "--out", tmp_path / "blind")
+    assert "loss not checked: give --data.path\n" in capsys.readouterr().out
+    assert "lm_loss" not in artifact.read_manifest(tmp_path / "blind")["metrics"]
+
+
+def test_a_student_that_is_not_finite_is_refused_without_data(tmp_path, model, prune):
+    """Weights that are finite one by one."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e38
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    arguments = ("--model", model, "--prune.drop_layers", 2, "--out", tmp_path / "out")
+    with pytest.raises(MinitronError, match=r"loss on random tokens is (nan|inf)"):
+        prune(*arguments)
+    assert not (tmp_path / "out").exists()
+    prune(*arguments, "--check.samples", 0)
+
+
+def test_merging_where_no_head_goes_is_said_to_have_no_effect(tmp_path, model, prune, capsys):
+    arguments = ("--model", model, "--prune.method", "first", "--prune.ffn_hidden_size", 24)
+    prune(*arguments, "--prune.merge_heads", "plus", "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "prune.merge_heads=plus has no effect: all 8 query heads stay\n" in out
+    assert "dropped" not in out
+
+
 def test_ranks_write_the_same_files(tmp_path, model, scores):
     sizes = ("--prune.hidden_size", 16, "--prune.num_query_groups", 1, "--prune.num_layers", 2)
     for out, ranks in (("one", 0), ("three", 3)):
@@ -197,7 +251,8 @@ def test_pruning_again_from_stored_scores_gives_the_same_bytes(
     monkeypatch.setattr(LlamaModel, "__init__", no_model)
     sizes = ("--prune.ffn_hidden_size", 24, "--prune.num_attention_heads", 4)
     for out in ("first", "second"):
-        prune("--model", model, "--scores", scores, *sizes, "--out", tmp_path / out)
+        arguments = ("--model", model, "--scores", scores, *sizes, "--check.samples", 0)
+        prune(*arguments, "--out", tmp_path / out)
     first, second = (artifact.read_manifest(tmp_path / o)["files"] for o in ("first", "second"))
     assert first == second
 
