@@ -117,7 +117,8 @@ def main(recipe: Recipe) -> None:
     objective = side.objective(student, batches, validation, num_samples=num_samples, **options)
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=side.tokenizer)
     models = {"teacher": teacher_path, "student": student_path}
-    open_run(recipe, fingerprints(models, batches, validation))
+    if not open_run(recipe, fingerprints(models, batches, validation)):
+        return
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     if recipe.resume:
         trainer.resume()

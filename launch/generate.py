@@ -103,7 +103,8 @@ def main(recipe: Recipe) -> None:
     prompts = on_rank_zero(lambda: read_prompts(recipe.prompts, tokenizer, context=context))
     dtype = platform.DTYPES[recipe.precision]
     model = freeze(build_llama(arch, topology, weights, dtype=dtype, transformer_impl="local"))
-    open_run(recipe, fingerprints({"model": path}))
+    if not open_run(recipe, fingerprints({"model": path})):
+        return
     file = out / f"{RESPONSES}.jsonl"
     first = on_rank_zero(lambda: count_answered(file, prompts))
     if first:

@@ -153,7 +153,8 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     assert validation is not None, "the recipe has checked"
-    open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation))
+    if not open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation)):
+        return
     results = on_rank_zero(lambda: load_results(recipe.out, source) or _count(recipe, source))
     dtype = platform.DTYPES[recipe.precision]
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)

@@ -157,7 +157,8 @@ def main(recipe: Recipe) -> None:
     dtype = platform.DTYPES[recipe.precision]
     model = build_chunks(arch, topology, weights, dtype=dtype, recompute=recipe.train.recompute)
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
-    open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation))
+    if not open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation)):
+        return
     trainer = Trainer(
         model, LanguageModeling(), batches, validation, recipe.train, recipe.out, files
     )

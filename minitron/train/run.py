@@ -72,7 +72,7 @@ _CHANGEABLE_KEYS = (
 )
 
 
-def open_run(recipe: Any, inputs: Mapping[str, str]) -> None:
+def open_run(recipe: Any, inputs: Mapping[str, str]) -> bool:
     """Create the run's directory and save recipe and inputs in it; call on all ranks.
 
     With `recipe.resume` an earlier attempt's directory is taken over if recipe and inputs agree;
@@ -83,25 +83,31 @@ def open_run(recipe: Any, inputs: Mapping[str, str]) -> None:
         recipe: of the stage.
         inputs: fingerprints of what the run reads, by role; see `fingerprints`.
 
+    Returns:
+        Whether there is something to do: False if a run that is complete is resumed, which leaves
+        the directory as it is.
+
     Raises:
         MinitronError: the directory is not empty and neither resume nor overwrite is asked for, or
             the earlier attempt had another recipe or other inputs.
     """
     out: Path = recipe.out
 
-    def prepare() -> None:
+    def prepare() -> bool:
         artifact.check_out(out, overwrite=recipe.overwrite, resume=recipe.resume)
         if out.exists() and recipe.overwrite and not recipe.resume:
             shutil.rmtree(out.resolve())
         artifact.create_directory(out.resolve())
         saved = out / artifact.RECIPE
-        if recipe.resume and saved.exists():
-            _check_same_run(recipe, inputs)
+        if recipe.resume and saved.exists() and not _has_more_to_do(recipe, inputs):
+            log(f"{out} is complete; --resume has nothing to do")
+            return False
         (out / artifact.MANIFEST).unlink(missing_ok=True)
         config.save(recipe, saved)
         artifact.write_json(out / artifact.INPUTS, dict(inputs))
+        return True
 
-    parallel.on_rank_zero(prepare)
+    return parallel.on_rank_zero(prepare)
 
 
 def fingerprints(
@@ -213,8 +219,13 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
-    """Refuse to go on with another recipe or other inputs than before, but for what may change."""
+def _has_more_to_do(recipe: Any, inputs: Mapping[str, str]) -> bool:
+    """Whether a run is to go on, or is complete and asked for no other end or change.
+
+    Raises:
+        MinitronError: it is to go on with another recipe or other inputs than before, and more
+            than what may change.
+    """
     saved, out = recipe.out / artifact.RECIPE, recipe.out
     old, new = dict(_flatten(_read_recipe(saved))), dict(_flatten(config.to_dict(recipe)))
     if (out / artifact.INPUTS).exists():  # older runs have none
@@ -244,8 +255,12 @@ def _check_same_run(recipe: Any, inputs: Mapping[str, str]) -> None:
             f"--resume would continue a run with {before}: "
             f"{'; '.join(differences[key] for key in sorted(changed))}; {remedy}"
         )
+    ends = old.get("until_step"), new.get("until_step")
+    if (out / artifact.MANIFEST).exists() and not changed and ends[0] == ends[1]:
+        return False
     for difference in differences.values():
         log(f"goes on with a change: {difference}")
+    return True
 
 
 def _is_below(key: str, sections: Sequence[str]) -> bool:

@@ -140,8 +140,16 @@ def test_a_recipe_that_changed_nothing_is_resumed(world, forked):
     arguments = (*TRAIN, "--train.steps", 1, "--train.checkpoint_interval", 0, "--train.lr", 1e-6)
     assert forked("train", *arguments, "--out", "again", cwd=world).status == 0
     more = ("--train.micro_batch_size", 2, "--train.valid_interval", 7, "--resume")
+    manifest = world / "again" / artifact.MANIFEST
+    before = manifest.read_bytes()
     result = forked("train", *arguments, *more, "--out", "again", cwd=world)
     assert result.status == 0, result.err
+    assert "again is complete; --resume has nothing to do" in result.err
+    assert manifest.read_bytes() == before
+    manifest.unlink()
+    result = forked("train", *arguments, *more, "--out", "again", cwd=world)
+    assert result.status == 0, result.err
+    assert manifest.exists()
     lines = (world / "again" / "metrics.jsonl").read_text().splitlines()
     (record,) = map(json.loads, lines)
     assert record["step"] == 1

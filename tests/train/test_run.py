@@ -30,6 +30,7 @@ class Recipe:
     overwrite: bool = False
     resume: bool = False
     allow_change: bool = False
+    until_step: int | None = None
 
 
 @pytest.fixture
@@ -86,11 +87,12 @@ def test_resuming_takes_the_directory_over(recipe, caplog):
     elsewhere = replace(
         recipe,
         resume=True,
+        until_step=9,
         parallel=ParallelConfig(tensor_model_parallel_size=2),
         train=replace(recipe.train, micro_batch_size=2, checkpoint_interval=7, recompute="full"),
     )
     with caplog.at_level("INFO"):
-        open_run(elsewhere, INPUTS | {"teacher": "7f"})
+        assert open_run(elsewhere, INPUTS | {"teacher": "7f"})
     assert caplog.messages == [
         f"goes on with a change: {change}"
         for change in (
@@ -104,6 +106,22 @@ def test_resuming_takes_the_directory_over(recipe, caplog):
     assert artifact.read_json(recipe.out / "inputs.json")["teacher"] == "7f"
     assert _files(recipe.out) == ["inputs.json", "metrics.jsonl", "recipe.yaml"]
     assert yaml.safe_load((recipe.out / "recipe.yaml").read_text()) == config.to_dict(elsewhere)
+
+
+def test_resuming_a_complete_run_leaves_it_as_it_is(recipe, caplog):
+    _attempt(recipe)
+    (recipe.out / "manifest.json").write_text("{}")
+    before = {name: (recipe.out / name).read_bytes() for name in _files(recipe.out)}
+    again = replace(recipe, resume=True, train=replace(recipe.train, valid_interval=7))
+    with caplog.at_level("INFO"):
+        assert not open_run(again, INPUTS | {"teacher": "7f"})
+    assert caplog.messages == [f"{recipe.out} is complete; --resume has nothing to do"]
+    assert {name: (recipe.out / name).read_bytes() for name in _files(recipe.out)} == before
+    with pytest.raises(MinitronError, match="other inputs than"):
+        open_run(again, INPUTS | {"data.path": "db"})
+    more = replace(again, allow_change=True, train=replace(recipe.train, steps=200))
+    assert open_run(more, INPUTS)
+    assert not (recipe.out / "manifest.json").exists()
 
 
 def test_resuming_what_was_never_begun_begins_it(recipe):
