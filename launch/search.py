@@ -153,7 +153,8 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     assert validation is not None, "the recipe has checked"
-    if not open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation)):
+    inputs = {"model": recipe.model.path, "scores": recipe.scores.path}
+    if not open_run(recipe, fingerprints(inputs, batches, validation)):
         return
     results = on_rank_zero(lambda: load_results(recipe.out, source) or _count(recipe, source))
     dtype = platform.DTYPES[recipe.precision]

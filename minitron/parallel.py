@@ -291,6 +291,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is set on any rank; call on all."""
+    if not dist.is_initialized():
+        return flag
+    flags = [False] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 while the others wait, and return its result everywhere.
 

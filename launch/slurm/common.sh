@@ -89,12 +89,15 @@ run_step() {
     local status
     "${step[@]}" &
     step_pid=$!
+    # A signal may have come before there was a step to pass it on to.
+    [[ -z "$signalled" ]] || kill -USR1 "$step_pid" 2>/dev/null || true
     # A trapped signal ends `wait` early; only the step's own end ends this loop.
     while
         status=0
         wait "$step_pid" || status=$?
         kill -0 "$step_pid" 2>/dev/null
     do :; done
+    step_pid=""
 
     [[ "$status" -ne 0 ]] || return 0
     [[ -z "$signalled" ]] || requeue

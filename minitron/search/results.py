@@ -183,7 +183,7 @@ def _candidate(source: Architecture, values: dict[str, Any]) -> Candidate:
         shape=Shape(arch=arch, costs=costs),
         pruned_loss=values["pruned_loss"],
         losses={int(step): loss for step, loss in values["losses"].items()},
-        diverged=values["diverged"],
+        diverged=values.get("diverged"),
     )
 
 

@@ -34,6 +34,7 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
 from minitron.stage import shielding_children
+from minitron.train.optimizer import use_fused
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
@@ -115,8 +116,13 @@ def save_checkpoint(
     state |= _common(position, version=3.0)
     with shielding_children():
         dist_checkpointing.save(state, str(partial))
-    names = parallel.on_rank_zero(lambda: sorted(file.name for file in partial.iterdir()))
-    checksums = _checksums(partial, names)
+    checksums = _checksums(partial, _listing(partial))
+    for name, checksum in checksums.items():
+        if checksum is None:
+            raise MinitronError(
+                f"{partial / name} cannot be read by all ranks; write checkpoints to a file system "
+                "that all nodes share"
+            )
 
     def publish() -> None:
         artifact.write_json(partial / CHECKSUMS, checksums)
@@ -163,7 +169,16 @@ def load_checkpoint(
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
+        use_fused(optimizer)  # which what is loaded may not say
     return Position(int(loaded["iteration"]), int(loaded.get("consumed_tokens", 0)))
+
+
+def _listing(directory: Path) -> list[str]:
+    """Files that any rank sees, for one may not see another node's yet; collective."""
+    _, size = parallel.world()
+    seen: list[set[str]] = [set() for _ in range(size)]
+    dist.all_gather_object(seen, {file.name for file in directory.iterdir()})
+    return sorted(set().union(*seen))
 
 
 def _checksums(directory: Path, names: Sequence[str]) -> dict[str, int | None]:
@@ -198,7 +213,7 @@ def _verify(path: Path) -> None:
     )
     found = _checksums(path, list(written))
     for name, checksum in written.items():
-        if found[name] != checksum:
+        if found[name] is None or found[name] != checksum:
             fault = f"has CRC-32 {found[name]}, {CHECKSUMS} says {checksum}"
             raise MinitronError(
                 f"{path / name} {'cannot be read' if found[name] is None else fault}; the "

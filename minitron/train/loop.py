@@ -123,20 +123,14 @@ class Trainer:
 
         Raises:
             Diverged: a loss or the gradient norm is not finite; on all ranks alike.
-            Stopped: by a signal; a run resumed from the checkpoint ends as this one would have.
+            Stopped: by a signal; a run resumed from the checkpoint ends as this one would have. In
+                the last step of all, a signal stops nothing.
         """
         config = self.config
         end = config.steps if until_step is None else min(until_step, config.steps)
         end = max(end, self.step)
         enabled = parallel.is_rank_zero()
         writer = MetricsWriter(self.out, enabled=enabled, append=self.step > 0)
-        if self.step > 0:
-            writer.truncate_after(self.step)
-        validated: dict[str, float] = {}
-        if self.step == 0:
-            validated = self._validate(writer)
-        elif self.step == end:  # resumed when all was done: its record is there
-            validated = self._validate(None)
         remaining = (end - self.step) * self.tokens_per_step
         bar = progress(
             total=self.position.tokens + remaining,
@@ -145,7 +139,14 @@ class Trainer:
             unit="tokens",
             enabled=enabled,
         )
+        validated: dict[str, float] = {}
         with contextlib.closing(writer), bar, self._stop:
+            if self.step > 0:
+                writer.truncate_after(self.step)
+            if self.step == 0:
+                validated = self._validate(writer)
+            elif self.step == end:  # resumed when all was done: its record is there
+                validated = self._validate(None)
             while self.step < end:
                 record = self.train_step()
                 writer.write(record)
@@ -153,14 +154,17 @@ class Trainer:
                 bar.update(self.tokens_per_step, step=self.step, **shown)
                 last = self.step == end
                 if self._stops and not last:
-                    self._save_and_stop()
+                    self._save_checkpoint()
+                    self._end_stopped()
                 if last or (config.valid_interval and self.step % config.valid_interval == 0):
                     validated = self._validate(writer)
-                if (last and until_step is not None) or (
+                if (last and (until_step is not None or self._stops)) or (
                     config.checkpoint_interval
                     and (last or self.step % config.checkpoint_interval == 0)
                 ):
                     self._save_checkpoint()
+            if until_step is not None and parallel.any_rank(self._stop.received):
+                self._end_stopped()
         return {**validated, "tokens": self.position.tokens}
 
     def close(self) -> None:
@@ -227,9 +231,8 @@ class Trainer:
             )
         return {"skipped": 1}
 
-    def _save_and_stop(self) -> NoReturn:
-        """End the run on all ranks, as it has to be resumed."""
-        self._save_checkpoint()
+    def _end_stopped(self) -> NoReturn:
+        """End the run on all ranks, as it has to be resumed; a checkpoint is there."""
         log(
             f"stopped by a signal, with a checkpoint of step {self.step} for --resume to go on from"
         )

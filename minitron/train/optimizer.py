@@ -80,12 +80,19 @@ def build_optimizer(
     )
     for group in optimizer.param_groups:  # megatron-core leaves this to its own scheduler
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
-        if "fused" in group:  # torch's AdamW, where there is neither apex nor TE
-            group["fused"] = True
+    use_fused(optimizer)
     schedule.grad_scale_func = optimizer.scale_loss
     schedule.no_sync_func = [c.no_sync for c in model] if len(model) > 1 else model[0].no_sync
     schedule.finalize_model_grads_func = finalize_model_grads
     return optimizer
+
+
+def use_fused(optimizer: MegatronOptimizer) -> None:
+    """Take torch's fused AdamW, where torch's it is; apex and TE have no other."""
+    for single in optimizer.chained_optimizers:
+        if isinstance(single.optimizer, torch.optim.Adam):
+            for group in single.optimizer.param_groups:
+                group["fused"] = True
 
 
 def unhook_optimizer(model: Sequence[DistributedDataParallel]) -> None:

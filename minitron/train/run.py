@@ -122,18 +122,20 @@ def fingerprints(
         batches: training data.
         validation: held-out data.
     """
-    found = parallel.on_rank_zero(
-        lambda: {role: artifact.fingerprint(path) for role, path in models.items() if path}
-    )
     streams = {
         "data.path": batches.source.datasets if batches else (),
         "data.valid_path": validation.windows if validation else (),
     }
-    return found | {
-        role: " ".join(f"{windows.stream.fingerprint:016x}" for windows in read)
-        for role, read in streams.items()
-        if read
-    }
+
+    def find() -> dict[str, str]:
+        found = {role: artifact.fingerprint(path) for role, path in models.items() if path}
+        return found | {
+            role: " ".join(f"{windows.stream.fingerprint:016x}" for windows in read)
+            for role, read in streams.items()
+            if read
+        }
+
+    return parallel.on_rank_zero(find)
 
 
 def finish_run(

@@ -339,7 +339,7 @@ def main() -> None:
         described=", ".join(f"{key} {value}" for key, value in machine.items()),
         rows="\n".join(map(_line, rows)),
     )
-    write_results("pipeline", page, {"machine": machine, "results": rows}, options.out)
+    write_results("pipeline_cpu", page, {"machine": machine, "results": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def main() -> None:
     )
     close_pool()
     results = {"machine": machine, "importance": importance, "pruning": pruning}
-    write_results("pruning", page, results, options.out)
+    write_results("pruning_cpu", page, results, options.out)
 
 
 if __name__ == "__main__":

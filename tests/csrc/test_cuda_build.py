@@ -68,7 +68,9 @@ def test_kernels_compile_for_every_gpu_without_a_register_spill(compiled):
 def test_loads_without_a_gpu_and_has_both_devices(build, compiled, tmp_path):
     objects, _ = compiled
     building.run_all([build.link(objects, building.extension_in(tmp_path))])
-    assert "without CUDA: []" in building.python_in(tmp_path, "-c", CHECK)
+    # The choice of tokens is torch.topk's there.
+    without = ["minitron::top_candidates"]
+    assert f"without CUDA: {without}" in building.python_in(tmp_path, "-c", CHECK)
 
 
 def test_a_toolkit_without_nvcc_is_refused(build, monkeypatch, tmp_path):

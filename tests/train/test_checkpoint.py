@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from minitron.metrics import read_metrics
 from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import initialize
+from minitron.train import checkpoint
 from minitron.train.checkpoint import (
     CHECKSUMS,
     TRACKER_FILE,
@@ -26,6 +28,7 @@ from minitron.train.checkpoint import (
     save_checkpoint,
 )
 from minitron.train.config import TrainConfig
+from minitron.train.optimizer import build_optimizer, wrap_chunk
 from tests import reference, runs
 from tests.runs import (
     MEASURED,
@@ -149,9 +152,53 @@ def test_a_run_that_a_signal_stops_goes_on_bit_for_bit(
 
 
 def test_a_signal_in_the_last_step_stops_nothing(tmp_path, run, finished):
-    run_on("tp1", runs.train, replace(run, out=tmp_path, stop_at=(9, 0, signal.SIGTERM)))
+    """But there is a checkpoint, should what is left to do come to no end."""
+    signalled = replace(run, out=tmp_path, stop_at=(9, 0, signal.SIGTERM))
+    run_on("tp1", runs.train, replace(signalled, train=WITHOUT_CHECKPOINTS))
     assert step_records(tmp_path) == step_records(finished("tp1"))
     assert load_tensors(tmp_path / "model")
+    assert list_checkpoints(tmp_path / "checkpoints") == [10]
+
+
+def test_a_signal_in_the_last_step_of_a_part_stops_the_parts_to_come(tmp_path, run):
+    signalled = replace(run, out=tmp_path, stop_at=(3, 1, signal.SIGTERM), until_step=4)
+    assert run_on("dp2", runs.train, signalled) == [{}, {}]  # as of no run that came to its end
+    assert list_checkpoints(tmp_path / "checkpoints") == [4]
+
+
+def _fused_after_loading(parallel, run, path):
+    topology = initialize(parallel)
+    model = [build_model(run.model, topology)]
+    optimizer = build_optimizer([wrap_chunk(chunk) for chunk in model], run.train)
+    checkpoint._create_state(optimizer)
+    for group in optimizer.param_groups:
+        group["fused"] = None  # as a checkpoint of an earlier time has it
+    save_checkpoint(path, Position(1, 1), model, optimizer)
+    load_checkpoint(checkpoint_path(path, 1), model, optimizer)
+    return [group["fused"] for group in optimizer.param_groups]
+
+
+def test_a_resumed_optimizer_is_fused_again(tmp_path, run):
+    (fused,) = run_on("tp1", _fused_after_loading, run, tmp_path)
+    assert all(fused)
+
+
+def test_a_checkpoint_that_not_all_ranks_can_read_is_refused(tmp_path, run):
+    (message,) = run_on("tp1", _save_unreadable, run, tmp_path)
+    assert message.endswith(
+        "cannot be read by all ranks; write checkpoints to a file system that all nodes share"
+    )
+    assert list_checkpoints(tmp_path) == []
+
+
+def _save_unreadable(parallel, run, path):
+    model = [build_model(run.model, initialize(parallel))]
+    with (
+        mock.patch.object(checkpoint, "_checksum", return_value=None),
+        pytest.raises(MinitronError) as caught,
+    ):
+        save_checkpoint(path, Position(1, 1), model)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
