@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +15,20 @@ from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import save_llama
 
 SCRIPT = ROOT / "launch" / "chain.sh"
+PYTHON_DIR = os.path.dirname(sys.executable)
+# python: logs which stage writes what and writes its manifest, unless it is told to fail there.
+PYTHON = r"""#!/usr/bin/env bash
+stage=$(basename "$1" .py) out=${*: -1}
+[[ $stage != distill || " $* " == *" --resume "* ]] || exit 1
+echo "$stage $out" >>log
+[[ "$stage $out" != "$(cat fails 2>/dev/null)" ]] || exit 75
+mkdir -p "$out"
+touch "$out/manifest.json"
+"""
 
 
-def chain(*arguments, cwd):
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+def chain(*arguments, cwd, python=PYTHON_DIR):
+    path = f"{python}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", str(SCRIPT), *map(str, arguments)],
         cwd=cwd,
@@ -60,6 +71,32 @@ def test_two_rounds_of_width_and_depth_with_distillation_between(tmp_path):
     assert second["fingerprint"] == artifact.fingerprint(tmp_path / "out" / "1" / "distilled")
     last = artifact.read_manifest(tmp_path / "out" / "2" / "distilled")["parents"]["teacher"]
     assert last["fingerprint"] == artifact.fingerprint(tmp_path / "model")
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    log, fails = tmp_path / "log", tmp_path / "fails"
+    stages = [
+        f"{stage} out/{number}/{part}"
+        for number in (1, 2)
+        for stage, part in {
+            "importance": "scores", "prune": "pruned", "distill": "distilled"
+        }.items()
+    ]  # fmt: skip
+    arguments = (2, "model", "out", "importance.yaml", "prune.yaml", "distill.yaml")
+    for stopped in stages:
+        log.unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        fails.write_text(stopped)
+        assert chain(*arguments, cwd=tmp_path, python=python.parent).returncode == 75
+        fails.unlink()
+        result = chain(*arguments, cwd=tmp_path, python=python.parent)
+        assert (result.returncode, result.stdout) == (0, "student: out/2/distilled\n")
+        at = stages.index(stopped)
+        assert log.read_text().splitlines() == stages[: at + 1] + stages[at:]
 
 
 def test_usage(tmp_path):
