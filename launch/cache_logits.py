@@ -117,7 +117,7 @@ def main(recipe: Recipe) -> None:
             metrics=metrics,
         )
         print(
-            f"{out}: {metrics['samples']:,} samples, {metrics['tokens']:,} tokens, "
+            f"wrote {out}: {metrics['samples']:,} samples, {metrics['tokens']:,} tokens, "
             f"{metrics['bytes']:,} bytes, {metrics['bytes_per_token']:.1f} a token",
             flush=True,
         )

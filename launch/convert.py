@@ -12,7 +12,7 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model, save_model
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero, publish
+from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero, publish
 from minitron.platform import Precision
 from minitron.stage import run
 from minitron.train.checkpoint import (
@@ -113,6 +113,8 @@ def main(recipe: Recipe) -> None:
                 metrics={"num_parameters": arch.num_parameters},
             )
         )
+    if is_rank_zero():
+        print(f"wrote {recipe.out}", flush=True)
 
 
 def _check_same_model(path: Path, arch: Architecture, checkpoint: Path) -> None:

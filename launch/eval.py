@@ -128,6 +128,7 @@ def main(recipe: Recipe) -> None:
             print(line.format(**files[EVAL_FILE]))
         if tasks:
             print(task_table(files[TASKS_FILE]))
+        print(f"wrote {recipe.out}", flush=True)
 
 
 def _batches(

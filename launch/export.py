@@ -10,7 +10,7 @@ from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.llama import build_llama
 from minitron.model.sharding import save_model
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero, publish
+from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero, publish
 from minitron.platform import Precision
 from minitron.stage import run
 from minitron.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
@@ -92,6 +92,8 @@ def main(recipe: Recipe) -> None:
                 metrics={"num_parameters": arch.num_parameters, "step": position.step},
             )
         )
+    if is_rank_zero():
+        print(f"wrote {recipe.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,11 @@ def main(recipe: Recipe) -> None:
             parents={"model": path},
             metrics=counts,
         )
-        print(f"{out / RESPONSES}: {counts['documents']:,} responses, {counts['tokens']:,} tokens")
+        print(
+            f"wrote {out / RESPONSES}: {counts['documents']:,} responses, "
+            f"{counts['tokens']:,} tokens",
+            flush=True,
+        )
 
     on_rank_zero(finish)
 

@@ -109,7 +109,7 @@ def main(recipe: Recipe) -> None:
                     "block_influence": measured.block_influence.tolist(),
                 },
             )
-        print(depth_table(measured.block_influence, depth), flush=True)
+        print(f"{depth_table(measured.block_influence, depth)}\nwrote {recipe.out}", flush=True)
 
     on_rank_zero(write)
 

@@ -167,6 +167,7 @@ def finish_run(
             parents=parents,
             metrics={"num_parameters": model[0].arch.num_parameters, **metrics},
         )
+        print(f"wrote {out}", flush=True)
 
     parallel.on_rank_zero(create)
     save_model(model, aside, dtype=files.dtype)

@@ -47,7 +47,7 @@ def test_a_student_learns_from_the_store_what_it_learns_from_the_teacher(root, f
     assert (metrics["samples"], metrics["tokens"]) == (75, 75 * SEQ_LENGTH)
     size = sum(file.stat().st_size for file in (root / "logits" / SHARDS).iterdir())
     assert metrics["bytes"] == size
-    assert f"75 samples, {75 * SEQ_LENGTH:,} tokens, {size:,} bytes" in result.out
+    assert f"wrote logits: 75 samples, {75 * SEQ_LENGTH:,} tokens, {size:,} bytes" in result.out
     assert manifest["parents"]["teacher"]["fingerprint"] == artifact.fingerprint(root / "teacher")
     assert manifest["files"].keys() == {"recipe.yaml", "samples.npy", "store.json"}
 

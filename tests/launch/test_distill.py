@@ -25,8 +25,9 @@ def test_a_run_with_intermediate_losses_is_exported_without_their_map(root, fork
     def run(*arguments):
         result = forked(*arguments, cwd=root)
         assert result.status == 0, result.err
+        return result.out
 
-    run(
+    said = run(
         *("distill", "--config", LAUNCH / "recipes" / "demo_distill.yaml"),
         *("--teacher", "teacher", "--teacher.allow_untrained", "--student", "student"),
         *("--out", "run"),
@@ -36,6 +37,7 @@ def test_a_run_with_intermediate_losses_is_exported_without_their_map(root, fork
         *("--distill.intermediate.layers", "[[-1, -1], [0, 1]]"),
         *("--train.steps", 4, "--train.warmup_steps", 1, "--train.checkpoint_interval", 2),
     )
+    assert said == "wrote run\n"
     lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     names = ["embedding", "block_output_2", "block_output_0"]
@@ -45,7 +47,7 @@ def test_a_run_with_intermediate_losses_is_exported_without_their_map(root, fork
         assert record["loss"] == pytest.approx(expected)
     assert [line["alpha"] > 0 for line in trained] == [False, True, True, True]
 
-    run("export", "--checkpoint", "run", "--out", "export")
+    assert run("export", "--checkpoint", "run", "--out", "export") == "wrote export\n"
     exported, student = load_tensors(root / "export"), load_tensors(root / "run")
     assert exported.keys() == student.keys() == load_tensors(root / "student").keys()
     assert all(torch.equal(tensor, student[name]) for name, tensor in exported.items())
@@ -89,4 +91,4 @@ def test_a_resumed_run_may_change_its_batches_schedule_and_ranks(root, forked):
     result = forked("distill", *back, cwd=root)
     assert result.status == 2
     (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert "than changed/recipe.yaml: data.seq_length: 8 -> 16; add --allow-change, or " in line
+    assert "than changed/recipe.yaml: data.seq_length: 8 -> 16; add --allow_change, or " in line

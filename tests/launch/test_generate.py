@@ -40,7 +40,7 @@ def root(tmp_path_factory):
 def answered(root, forked):
     result = forked(*ANSWER, "--out", "answered", cwd=root)
     assert result.status == 0, result.err
-    assert f"answered/responses: {PROMPTS} responses, " in result.out
+    assert f"wrote answered/responses: {PROMPTS} responses, " in result.out
     return root / "answered"
 
 

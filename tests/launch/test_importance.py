@@ -54,7 +54,9 @@ def test_scores_and_trials_of_a_pipeline_choose_layers(tmp_path, arguments):
 def test_scores_alone_make_no_trials(tmp_path, arguments):
     result = launch("importance", *arguments, "--out", tmp_path / "scores", cwd=tmp_path)
     assert not (tmp_path / "scores" / "depth.json").exists()
-    assert len(result.out.splitlines()) == 2 + 4
+    *table, last = result.out.splitlines()
+    assert len(table) == 2 + 4
+    assert last == f"wrote {tmp_path / 'scores'}"
     fields = {"samples", "tokenizer", "data"}
     manifest = artifact.read_manifest(tmp_path / "scores")
     assert manifest["metrics"]["calibration"].keys() == fields
