@@ -22,6 +22,8 @@ from minitron.errors import MinitronError
 
 METRICS = "metrics.jsonl"
 LOG_INTERVAL_S = 10.0
+BYTES = "B"
+"""The unit that takes a prefix: 3.92 MB, but 3.92M tokens."""
 
 
 _logger = logging.getLogger("minitron")
@@ -162,7 +164,7 @@ class Progress:
             self._bar = tqdm(
                 total=total,
                 desc=desc,
-                unit=f" {unit}",
+                unit=unit if unit == BYTES else f" {unit}",
                 unit_scale=True,
                 initial=initial,
                 dynamic_ncols=True,
@@ -205,11 +207,11 @@ class Progress:
         self._last_line, self._logged = now, self._done
         elapsed = now - self._start
         rate = (self._done - self._initial) / elapsed if elapsed else 0.0
-        parts = [f"{_short(self._done)} {self._unit}"]
+        parts = [_quantity(self._done, self._unit)]
         if self._total:
             percent = f"{100 * self._done / self._total:.0f}%"
-            parts = [percent, f"{_short(self._done)}/{_short(self._total)} {self._unit}"]
-        parts.append(f"{_short(rate)} {self._unit}/s")
+            parts = [percent, f"{_short(self._done)}/{_quantity(self._total, self._unit)}"]
+        parts.append(f"{_quantity(rate, self._unit)}/s")
         if self._total and rate and self._done < self._total:
             parts.append(f"ETA {tqdm.format_interval((self._total - self._done) / rate)}")
         else:
@@ -235,7 +237,7 @@ def progress(
         iterable: what to iterate over; None where the caller calls `update`.
         total: units in all; taken from `len(iterable)` where that exists.
         desc: what is going on.
-        unit: what is counted, in the plural ("tokens").
+        unit: what is counted, in the plural ("tokens"), or `BYTES`.
         enabled: False shows nothing; None means rank 0 alone.
         initial: units done before, by the run that this one resumes.
     """
@@ -280,6 +282,13 @@ def _cell(value: Any) -> str:
 
 def _formatted(values: Mapping[str, Any]) -> dict[str, str]:
     return {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values.items()}
+
+
+def _quantity(value: float, unit: str) -> str:
+    number = _short(value)
+    if unit != BYTES or number[-1].isdigit():
+        return f"{number} {unit}"
+    return f"{number[:-1]} {number[-1]}{unit}"
 
 
 def _short(value: float) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from minitron import metrics
 from minitron.errors import MinitronError
-from minitron.metrics import MetricsWriter, format_table, progress, read_metrics
+from minitron.metrics import BYTES, MetricsWriter, format_table, progress, read_metrics
 
 
 @pytest.fixture
@@ -148,6 +148,17 @@ def test_lines_come_every_ten_seconds_and_at_the_end(clock, lines):
         "train: 6%, 123k/2.00M tokens, 12.3k tokens/s, ETA 02:32, loss 2.346, stage warm",
         "train: 12%, 247k/2.00M tokens, 12.3k tokens/s, ETA 02:22, loss 2.346, stage warm",
         "train: 15%, 309k/2.00M tokens, 12.3k tokens/s, ETA 02:17, loss 2.346, stage warm",
+    ]
+
+
+def test_bytes_take_prefixes(clock, lines):
+    with progress(total=40_000_000, desc="write", unit=BYTES) as bar:
+        clock.now += 10
+        bar.update(39_200_000)
+        bar.update(800_000)
+    assert lines() == [
+        "write: 98%, 39.2M/40.0 MB, 3.92 MB/s, ETA 00:00",
+        "write: 100%, 40.0M/40.0 MB, 4.00 MB/s, in 00:10",
     ]
 
 

@@ -26,7 +26,7 @@ from minitron.data.text import TEXT_FORMS, RawDocument, find_files, read_raw
 from minitron.data.token_files import Document, write_token_files
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
-from minitron.metrics import Progress, log, progress
+from minitron.metrics import BYTES, Progress, log, progress
 
 DEFAULT_WORKERS = 8
 CACHE_VARIABLE = "MINITRON_CACHE"
@@ -205,7 +205,7 @@ def _documents(
 ) -> Iterator[Document]:
     bar: Progress
     empty = True
-    with progress(total=num_bytes, desc="tokenising", unit="B") as bar:
+    with progress(total=num_bytes, desc="tokenising", unit=BYTES) as bar:
         for documents, done_bytes in _encode_all(files, tokenizer, workers):
             yield from documents
             empty = empty and not documents

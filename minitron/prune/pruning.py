@@ -213,7 +213,7 @@ def prune_model(source_dir: Path, out_dir: Path, plan: PruningPlan) -> None:
     with metrics.progress(
         total=sum(pruned.infos[name].num_bytes for name, rows in blocks if not rows.start),
         desc="pruning",
-        unit="bytes",
+        unit=metrics.BYTES,
         enabled=parallel.is_rank_zero(),
     ) as bar:
         for name, rows, tensor in _one_ahead(slice_, blocks):

@@ -247,7 +247,7 @@ def _has_more_to_do(recipe: Any, inputs: Mapping[str, str]) -> bool:
     if changed and not (changeable and recipe.allow_change):
         remedy = "take the old values or another --out"
         if changeable:
-            remedy = f"add --allow-change, or {remedy}"
+            remedy = f"add --allow_change, or {remedy}"
         only_inputs = all(key.startswith("fingerprint") for key in changed)
         before = (
             f"other inputs than {out / artifact.INPUTS}"

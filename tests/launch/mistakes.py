@@ -281,7 +281,7 @@ MISTAKES = {
         "train",
         (*TRAIN, "--train.lr", 0.5, "--out", "run", "--resume"),
         "with another recipe than run/recipe.yaml: train.lr: 0.0001 -> 0.5; "
-        "add --allow-change, or take the old values or another --out",
+        "add --allow_change, or take the old values or another --out",
     ),
     "resumed without a run": (
         "distill",

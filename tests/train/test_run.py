@@ -148,7 +148,7 @@ def test_batches_and_learning_rate_may_change_if_asked(recipe, caplog):
     with pytest.raises(MinitronError) as caught:
         open_run(other, INPUTS)
     assert str(caught.value).endswith(
-        f": {'; '.join(changes)}; add --allow-change, or take the old values or another --out"
+        f": {'; '.join(changes)}; add --allow_change, or take the old values or another --out"
     )
     with caplog.at_level("INFO"):
         open_run(replace(other, allow_change=True), INPUTS)
@@ -176,7 +176,7 @@ def test_other_content_of_a_path_is_seen(recipe, caplog):
         open_run(again, other)
     assert str(caught.value) == (
         f"--resume would continue a run with other inputs than {recipe.out / 'inputs.json'}: "
-        f"{'; '.join(changes)}; add --allow-change, or take the old values or another --out"
+        f"{'; '.join(changes)}; add --allow_change, or take the old values or another --out"
     )
     assert artifact.read_json(recipe.out / "inputs.json") == INPUTS
     with caplog.at_level("INFO"):
