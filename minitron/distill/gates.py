@@ -93,6 +93,8 @@ def check_weights(model: LlamaModel, path: Path) -> None:
 def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -> None:
     """Log both models' losses on a first micro-batch, and refuse a teacher no better than chance.
 
+    A student that looks like the teacher is allowed, with a warning.
+
     Args:
         teacher: with its model.
         student: this rank's chunks.
@@ -114,12 +116,23 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
     if not means["tokens"]:  # nothing but prompts: nothing to judge by
         return
     log(
-        "before the first step, in nats a token: "
-        f"teacher's loss {means['teacher']:.4f}, student's loss {means['student']:.4f}, "
+        "on the first samples, in nats a token: "
+        f"teacher's loss {means['teacher']:.4f}, initial student's loss {means['student']:.4f}, "
         f"KL between them {means['kl']:.4f}"
     )
     if not teacher.config.allow_untrained:
         check_trained(means["teacher"], teacher.model.arch, ALLOW_UNTRAINED)
+    sizes = student[0].arch.num_parameters, teacher.model.arch.num_parameters
+    signs = []
+    if sizes[0] > sizes[1]:
+        signs.append(f"more parameters ({sizes[0]:,} > {sizes[1]:,})")
+    if means["student"] < means["teacher"]:
+        signs.append(f"a lower loss ({means['student']:.4f} < {means['teacher']:.4f})")
+    if signs:
+        log(
+            f"warning: the student has {' and '.join(signs)} than the teacher; did you swap "
+            "--teacher and --student?"
+        )
 
 
 def check_stored_start(
@@ -137,8 +150,8 @@ def check_stored_start(
     if means["tokens"]:
         estimate = " (estimated from draws, it may be below zero)" if objective.is_estimate else ""
         log(
-            "before the first step, in nats a token: "
-            f"student's loss {means['val_loss']:.4f}, KL from the stored teacher "
+            "on the first samples, in nats a token: "
+            f"initial student's loss {means['val_loss']:.4f}, KL from the stored teacher "
             f"{means['val_kl']:.4f}{estimate}"
         )
 

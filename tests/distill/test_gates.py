@@ -160,9 +160,24 @@ def test_both_models_first_losses_are_said(run, topology):
         )
     ]
     assert losses[0] < math.log(VOCAB) < losses[1]
-    (said,) = {message for rank in run_on(topology, _check_start, run, False) for message in rank}
-    expected = "teacher's loss {:.4f}, student's loss {:.4f}, KL between them {:.4f}"
-    assert said == "before the first step, in nats a token: " + expected.format(*losses)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    first = "teacher's loss {:.4f}, initial student's loss {:.4f}, KL between them {:.4f}"
+    expected = [
+        "on the first samples, in nats a token: " + first.format(*losses),
+        "warning: the student has more parameters ({:,} > {:,}) than the teacher; did you swap "
+        "--teacher and --student?".format(*sizes),
+    ]
+    assert all(said == expected for said in run_on(topology, _check_start, run, False))
+
+
+def test_a_student_that_knows_more_than_the_teacher_is_warned_of(models, run):
+    swapped = replace(run, model=run.teacher.path, teacher=TeacherConfig(path=run.model))
+    ((first, warning),) = run_on("tp1", _check_start, swapped, True)
+    of_teacher, of_student = re.findall(r"loss (\S+),", first)
+    assert warning == (
+        f"warning: the student has a lower loss ({of_student} < {of_teacher}) than the teacher; "
+        "did you swap --teacher and --student?"
+    )
 
 
 @pytest.mark.parametrize("topology", ["tp1", "pp2"])
