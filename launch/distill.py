@@ -20,7 +20,7 @@ from minitron.stage import run
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
-from minitron.train.run import fingerprints, finish_run, open_batches, open_run
+from minitron.train.run import fingerprints, finish_run, has_more_to_do, open_batches, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,10 @@ def main(recipe: Recipe) -> None:
         vocab_size=side.vocab_size,
         seed=recipe.seed,
     )
+    models = {"teacher": teacher_path, "student": student_path}
+    inputs = fingerprints(models, batches, validation)
+    if not has_more_to_do(recipe, inputs):
+        return
     dtype = platform.DTYPES[recipe.precision]
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -116,9 +120,7 @@ def main(recipe: Recipe) -> None:
     num_samples = recipe.train.steps * recipe.train.global_batch_size
     objective = side.objective(student, batches, validation, num_samples=num_samples, **options)
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=side.tokenizer)
-    models = {"teacher": teacher_path, "student": student_path}
-    if not open_run(recipe, fingerprints(models, batches, validation)):
-        return
+    open_run(recipe, inputs)
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     if recipe.resume:
         trainer.resume()

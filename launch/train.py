@@ -22,7 +22,7 @@ from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
 from minitron.train.objective import LanguageModeling
-from minitron.train.run import fingerprints, finish_run, open_batches, open_run
+from minitron.train.run import fingerprints, finish_run, has_more_to_do, open_batches, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +154,13 @@ def main(recipe: Recipe) -> None:
         vocab_size=arch.vocab_size,
         seed=recipe.seed,
     )
+    inputs = fingerprints({"model": recipe.model.path}, batches, validation)
+    if not has_more_to_do(recipe, inputs):
+        return
     dtype = platform.DTYPES[recipe.precision]
     model = build_chunks(arch, topology, weights, dtype=dtype, recompute=recipe.train.recompute)
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
-    if not open_run(recipe, fingerprints({"model": recipe.model.path}, batches, validation)):
-        return
+    open_run(recipe, inputs)
     trainer = Trainer(
         model, LanguageModeling(), batches, validation, recipe.train, recipe.out, files
     )

@@ -99,15 +99,38 @@ def open_run(recipe: Any, inputs: Mapping[str, str]) -> bool:
             shutil.rmtree(out.resolve())
         artifact.create_directory(out.resolve())
         saved = out / artifact.RECIPE
-        if recipe.resume and saved.exists() and not _has_more_to_do(recipe, inputs):
-            log(f"{out} is complete; --resume has nothing to do")
-            return False
+        if recipe.resume and saved.exists():
+            changes = _changes(recipe, inputs)
+            if changes is None:
+                return False
+            for change in changes:
+                log(f"goes on with a change: {change}")
         (out / artifact.MANIFEST).unlink(missing_ok=True)
         config.save(recipe, saved)
         artifact.write_json(out / artifact.INPUTS, dict(inputs))
         return True
 
     return parallel.on_rank_zero(prepare)
+
+
+def has_more_to_do(recipe: Any, inputs: Mapping[str, str]) -> bool:
+    """What `open_run` will return or raise of a run to be resumed; call on all ranks.
+
+    Asked before models are loaded, it saves their time.
+
+    Args:
+        recipe: of the stage.
+        inputs: as for `open_run`.
+
+    Raises:
+        MinitronError: the earlier attempt had another recipe or other inputs.
+    """
+
+    def look() -> bool:
+        resumes = recipe.resume and (recipe.out / artifact.RECIPE).exists()
+        return not resumes or _changes(recipe, inputs) is not None
+
+    return parallel.on_rank_zero(look)
 
 
 def fingerprints(
@@ -222,8 +245,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _has_more_to_do(recipe: Any, inputs: Mapping[str, str]) -> bool:
-    """Whether a run is to go on, or is complete and asked for no other end or change.
+def _changes(recipe: Any, inputs: Mapping[str, str]) -> list[str] | None:
+    """What is to differ from the attempt that is resumed; None, and a line, if it is complete.
+
+    It is to go on if another end or a change is asked for.
 
     Raises:
         MinitronError: it is to go on with another recipe or other inputs than before, and more
@@ -260,10 +285,9 @@ def _has_more_to_do(recipe: Any, inputs: Mapping[str, str]) -> bool:
         )
     ends = old.get("until_step"), new.get("until_step")
     if (out / artifact.MANIFEST).exists() and not changed and ends[0] == ends[1]:
-        return False
-    for difference in differences.values():
-        log(f"goes on with a change: {difference}")
-    return True
+        log(f"{out} is complete; --resume has nothing to do")
+        return None
+    return list(differences.values())
 
 
 def _is_below(key: str, sections: Sequence[str]) -> bool:

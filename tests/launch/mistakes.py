@@ -283,6 +283,11 @@ MISTAKES = {
         "with another recipe than run/recipe.yaml: train.lr: 0.0001 -> 0.5; "
         "add --allow_change, or take the old values or another --out",
     ),
+    "resumed by another stage, before models are loaded: this teacher would be refused": (
+        "distill",
+        (*DISTILL, "--out", "run", "--resume"),
+        "--resume would continue a run with another recipe than run/recipe.yaml: .*distill",
+    ),
     "resumed without a run": (
         "distill",
         (*DISTILL, "--out", "other", "--resume"),
