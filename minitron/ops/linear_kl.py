@@ -15,8 +15,6 @@ proportional to it, as it is for a masked sum or mean. That is checked.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 from minitron.ops.library import compose
 from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Steps, Teacher
 from minitron.ops.top_tokens import rows_of_positions, top1_agreement
+from minitron.ops.turns import take_turns
 from minitron.ops.vocab_parallel import (
     accumulation_dtype,
     group_name,
@@ -219,7 +218,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
     starts = range(0, student.size(0), given.chunk_tokens)
     jobs = (job(slice(start, start + given.chunk_tokens)) for start in starts)
-    _take_turns(jobs, at_once=at_once)
+    take_turns(jobs, at_once=at_once)
     return loss, readings, hidden_grad, head_grad
 
 
@@ -314,25 +313,6 @@ def _losses_and_gradient(
             logits = dataclasses.replace(logits, labels=None)
         objective.gradient(logits, saved, weights, logits.student)
     return losses
-
-
-def _take_turns(jobs: Iterator[Steps[None]], *, at_once: int) -> None:
-    """Complete all jobs in order, `at_once` of them begun; one that waits lets the other go on."""
-    begun: deque[Steps[None]] = deque()
-
-    def advance(job: Steps[None]) -> None:
-        try:
-            next(job)
-        except StopIteration:
-            return
-        begun.append(job)
-
-    for job in jobs:
-        advance(job)
-        while len(begun) >= at_once:
-            advance(begun.popleft())
-    while begun:
-        advance(begun.popleft())
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
