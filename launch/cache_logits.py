@@ -13,13 +13,12 @@ from minitron.distill.gates import check_teacher, check_weights
 from minitron.distill.offline.cache import (
     CacheConfig,
     check_continues,
-    choose_samples,
     close_store,
     describe,
-    first_batch,
     open_store,
     write_missing_shards,
 )
+from minitron.distill.offline.samples import choose_samples, first_batch
 from minitron.model.llama import build_llama, freeze
 from minitron.model.sharding import open_model
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero

@@ -7,12 +7,12 @@ from minitron.data.batches import DataConfig
 from minitron.distill.offline.cache import (
     CacheConfig,
     check_continues,
-    choose_samples,
     close_store,
     describe,
     open_store,
     write_missing_shards,
 )
+from minitron.distill.offline.samples import choose_samples
 from minitron.model.hf import read_architecture
 from minitron.model.llama import freeze
 from minitron.parallel import ParallelConfig, initialize, on_rank_zero

@@ -11,8 +11,9 @@ from minitron import artifact, metrics
 from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.data.sampling import Blend, TokenWindows
-from minitron.distill.offline.cache import CacheConfig, choose_samples, draw_uniform
+from minitron.distill.offline.cache import CacheConfig, draw_uniform
 from minitron.distill.offline.files import shard_path, split_key
+from minitron.distill.offline.samples import choose_samples
 from minitron.distill.offline.store import LogitStore
 from minitron.errors import MinitronError
 from tests.distill.offline.stores import write_store

@@ -9,13 +9,7 @@ import pytest
 from minitron import artifact
 from minitron.data.batches import DataConfig, EvalBatches, TrainBatches, open_train, open_windows
 from minitron.distill.offline.block import encode_top_k
-from minitron.distill.offline.cache import (
-    CacheConfig,
-    choose_samples,
-    close_store,
-    describe,
-    open_store,
-)
+from minitron.distill.offline.cache import CacheConfig, close_store, describe, open_store
 from minitron.distill.offline.files import (
     SAMPLES,
     STORE,
@@ -24,6 +18,7 @@ from minitron.distill.offline.files import (
     tokens_checksum,
     write_shard,
 )
+from minitron.distill.offline.samples import choose_samples
 from minitron.distill.offline.store import LogitStore
 from minitron.errors import MinitronError
 from tests.runs import SEQ_LENGTH, write_tokens
