@@ -138,7 +138,7 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
 def check_stored_start(
     objective: StoredDistillation, student: Sequence[LlamaModel], batch: Batch
 ) -> None:
-    """Log the student's losses on a first micro-batch; its teacher passed `check_teacher`.
+    """Log the student's losses on a first micro-batch; its teacher was judged before it was stored.
 
     Args:
         objective: from a store.

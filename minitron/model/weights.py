@@ -1,8 +1,8 @@
-"""Tensors on disk: safetensors directories read slice by slice and written tensor by tensor.
+"""Tensors on disk: safetensors directories read slice by slice and written so.
 
 Nothing here knows a tensor's meaning (see `hf.py`) or a rank. A writer lays out every file from the
-shapes alone, so any number of processes may each fill in the tensors they hold, and no process ever
-holds more than the tensor at hand.
+shapes alone, so any number of processes may each fill in the tensors they hold, and a process
+need hold no more than the rows at hand.
 """
 
 from __future__ import annotations

@@ -36,10 +36,10 @@ from minitron.ops.objectives import (
     Losses,
     Objective,
     Saved,
-    Steps,
     add_cross_entropy_gradient,
     kl_losses,
 )
+from minitron.ops.steps import Steps
 from minitron.ops.vocab_parallel import start_summing, token_chunks
 
 Kind = Literal["jsd", "skew_kl", "skew_reverse_kl", "tvd"]

@@ -14,8 +14,7 @@ all-gather serves any number of ranks, and over the whole vocabulary
 
 The gradient needs no collective. It is recomputed from the saved statistics, e.g. for forward KL
 (1/τ)(e^x/A − e^y/B), because gradients written in the forward pass meet the incoming
-gradient only after they were rounded. No collective enters autograd: three published
-implementations do that and return a right loss with a gradient wrong by the group's size.
+gradient only after they were rounded. No collective enters autograd.
 
 The cross terms are centred on both references: uncentred, a teacher whose logits share a large
 offset loses the KL in rounding.

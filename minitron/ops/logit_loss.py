@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron.ops.library import compose
-from minitron.ops.objectives import KnownTokens, Logits, Objective, Teacher, completed
+from minitron.ops.objectives import KnownTokens, Logits, Objective, Teacher
+from minitron.ops.steps import completed
 from minitron.ops.vocab_parallel import group_name, named_group
 
 

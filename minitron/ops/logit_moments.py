@@ -29,10 +29,10 @@ from minitron.ops.objectives import (
     Losses,
     Objective,
     Saved,
-    Steps,
     add_cross_entropy_gradient,
     kl_losses,
 )
+from minitron.ops.steps import Steps
 from minitron.ops.vocab_parallel import (
     accumulation_dtype,
     start_gathering,

@@ -5,9 +5,6 @@ and later writes the gradient by the student's logits from those numbers, withou
 says the first as a generator that yields whenever a collective is under way, so that its caller can
 do something else meanwhile: `minitron.ops.linear_kl` takes the next chunk of tokens through the
 heads. `logit_loss` is the differentiable op over logits that exist as a whole.
-
-No collective enters autograd: three published implementations do that and return a right loss with
-a gradient wrong by the group's size.
 """
 
 from __future__ import annotations
@@ -15,9 +12,8 @@ from __future__ import annotations
 import abc
 import ast
 import functools
-from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +25,7 @@ from minitron.ops.logit_kl import (
     logit_kl_merge,
     logit_kl_statistics,
 )
+from minitron.ops.steps import Steps
 from minitron.ops.vocab_parallel import first_column, label_columns, start_gathering
 
 
@@ -43,10 +40,6 @@ class KnownTokens(NamedTuple):
 
 Teacher = Tensor | KnownTokens
 """Logits, of the student's shape, or what is known of them."""
-
-Result = TypeVar("Result")
-Steps = Generator[None, None, Result]
-"""Yields while a collective is under way; returns its result in the end."""
 
 
 @dataclass(frozen=True)
@@ -236,15 +229,6 @@ def kl_losses(logits: Logits, *, reverse: bool = False, extra: Tensor | None = N
     gathered = wait()
     found = logit_kl_merge(gathered[..., :width].contiguous(), logits.mask, logits.temperature)
     return found if extra is None else (*found, gathered[..., width:])
-
-
-def completed(steps: Steps[Result]) -> Result:
-    """Take steps to their end, waiting for every collective."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def add_cross_entropy_gradient(

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from minitron.ops.library import define
 from minitron.ops.logit_loss import logit_loss
-from minitron.ops.objectives import KnownTokens, Logits, Losses, Objective, Saved, Steps
+from minitron.ops.objectives import KnownTokens, Logits, Losses, Objective, Saved
+from minitron.ops.steps import Steps
 from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
     accumulation_dtype,

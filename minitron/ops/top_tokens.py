@@ -26,10 +26,10 @@ from minitron.ops.objectives import (
     Losses,
     Objective,
     Saved,
-    Steps,
     kl_losses,
 )
 from minitron.ops.sparse_kl import SparseKL
+from minitron.ops.steps import Steps
 from minitron.ops.vocab_parallel import (
     NO_COLUMNS,
     accumulation_dtype,

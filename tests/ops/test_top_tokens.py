@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from minitron.ops import top_tokens as module
 from minitron.ops.logit_kl import logit_kl
-from minitron.ops.objectives import Logits, completed
+from minitron.ops.objectives import Logits
+from minitron.ops.steps import completed
 from minitron.ops.top_tokens import TopKL, top_tokens
 from tests.harness import run_distributed
 from tests.ops.shards import DTYPES, B, S, shard

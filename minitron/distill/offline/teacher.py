@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minitron import platform
@@ -85,10 +86,26 @@ class StoredTeacher:
             ids[:, column, : row.ids.shape[1]] = row.ids
             log_probs[:, column, : row.ids.shape[1]] = row.log_probs
             excess[:, column] = row.entropy_excess
-        beyond = ids >= self.vocab_size
-        if beyond.any():  # padding of the teacher's table, to which it gave some probability
-            lost = np.where(beyond, np.exp(log_probs), 0).sum(2, keepdims=True)
-            log_probs -= np.log1p(-lost.clip(max=1 - 1e-6))
-            ids[beyond], log_probs[beyond] = -1, -np.inf
+        if self.store.info.vocab_size > self.vocab_size:
+            without_padding(ids, log_probs, self.vocab_size)
         known = KnownTokens(torch.from_numpy(ids), torch.from_numpy(log_probs))
         return known, torch.from_numpy(excess)
+
+
+def without_padding(
+    ids: NDArray[np.integer], log_probs: NDArray[np.floating], vocab_size: int
+) -> None:
+    """Give what a teacher's longer table left to its padding to the stored successors, in place.
+
+    Args:
+        ids: [..., k] successors, -1 for none.
+        log_probs: [..., k] theirs.
+        vocab_size: ids from here on are padding.
+    """
+    beyond = ids >= vocab_size
+    lost = np.where(beyond, np.exp(log_probs), 0).sum(-1, keepdims=True)
+    log_probs -= np.log1p(-lost.clip(max=1 - 1e-6))
+    ids[beyond], log_probs[beyond] = -1, -np.inf
+    # Where every token is known, what the others have is padding's, too.
+    whole = (ids >= 0).sum(-1) == vocab_size
+    log_probs[whole] -= np.logaddexp.reduce(log_probs[whole], axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ from minitron.distill.losses import DistillConfig
 from minitron.distill.offline.cache import CacheConfig
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
-from minitron.distill.offline.teacher import StoredTeacher
+from minitron.distill.offline.teacher import StoredTeacher, without_padding
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.parallel import initialize
@@ -193,6 +193,18 @@ def test_the_longer_table_is_padding(world, tmp_path, topology, longer):
     student.zero_grad()
     loss.backward()
     _check_gradients(student, gradients)
+
+
+def test_what_padding_had_goes_to_the_tokens():
+    """Of a teacher with three tokens and a padding row or two, of which the store has four."""
+    ids = np.array([[2, 0, 1, 3], [0, 3, 1, 4], [1, 2, -1, -1]])
+    probabilities = np.array([[0.4, 0.2, 0.2, 0.1], [0.4, 0.2, 0.2, 0.1], [0.5, 0.25, 0, 0]])
+    with np.errstate(divide="ignore"):
+        log_probs = np.log(probabilities)
+    without_padding(ids, log_probs, 3)
+    assert ids.tolist() == [[2, 0, 1, -1], [0, -1, 1, -1], [1, 2, -1, -1]]
+    expected = [[0.5, 0.25, 0.25, 0], [0.4 / 0.7, 0, 0.2 / 0.7, 0], [0.5, 0.25, 0, 0]]
+    np.testing.assert_allclose(np.exp(log_probs), expected, rtol=1e-12)
 
 
 def test_a_loss_that_needs_whole_distributions_is_refused(world):
