@@ -25,7 +25,6 @@ from minitron.ops.library import compose
 from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Teacher
 from minitron.ops.steps import Steps, take_turns
 from minitron.ops.top_tokens import rows_of_positions, top1_agreement
-from minitron.ops.turns import take_turns
 from minitron.ops.vocab_parallel import (
     accumulation_dtype,
     group_name,
