@@ -56,7 +56,7 @@ def test_a_search_leaves_a_record_a_table_a_plot_and_the_best_model(inputs, sear
         assert manifest["metrics"]["best"] == best["name"]
         assert manifest["parents"].keys() == {"model", "scores"}
     files = artifact.read_manifest(searched)["files"].keys()
-    assert files == {"search.json", "search.md", "ranking.svg", "recipe.yaml"}
+    assert files == {"search.json", "search.md", "ranking.svg", "recipe.yaml", "inputs.json"}
     assert not list(searched.glob("race/*/checkpoints"))
 
 
