@@ -3,6 +3,8 @@
 #include "divergences.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "logit_gradient.h"
@@ -68,7 +70,12 @@ template <Divergence kKind, typename S, typename T>
 void sum_row(const S* s, const T* t, const DivergenceArguments& args, int64_t row, float& terms,
              float& slopes) {
     constexpr int64_t kTile = 4096;  // summed up in fp32
-    const Normalizer normal(args.merged + row * kNumStatistics, args.logits.temperature);
+    const float* const merged = args.merged + row * kNumStatistics;
+    if (std::isnan(merged[2] + merged[3])) {  // a logit is NaN, which the terms may not show
+        terms = slopes = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    const Normalizer normal(merged, args.logits.temperature);
     double term_sum = 0, slope_sum = 0;
     for (int64_t start = 0; start < args.logits.columns; start += kTile) {
         const int64_t end = std::min(start + kTile, args.logits.columns);

@@ -1,5 +1,6 @@
 // The sweeps of minitron/ops/divergences.py, for GPUs: a row of logits to a block.
 
+#include <cmath>
 #include <type_traits>
 
 #include "kernels.h"
@@ -97,6 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
                                  });
                              });
         sum_over_block(sums, reinterpret_cast<float*>(shared_memory()));
+        if (std::isnan(r.a + r.b)) sums[0] = sums[1] = NAN;  // a logit is, which terms may not show
     }
     if (threadIdx.x > 0) return;
     out[row] = sums[0];

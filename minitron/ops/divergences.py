@@ -106,6 +106,7 @@ def _sums(
         q = _probabilities(teacher[chunk, :valid_columns], merged[chunk], 1, temperature)
         terms, slopes = _pointwise(p, q, kind, parameter)
         out[0, chunk], out[1, chunk] = terms.sum(1), slopes.sum(1)
+    out.masked_fill_(merged[:, 2:4].sum(1).isnan(), torch.nan)  # a logit is, which f may not show
     if mask is not None:
         out[:, ~mask] = 0
     return out

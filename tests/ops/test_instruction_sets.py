@@ -13,7 +13,9 @@ OPS = (
     *("logit_kl", "cross_entropy", "objectives", "sparse_kl", "top_tokens"),
     *("activation_stats", "block_cosine"),
 )
-SELECTED = "(gradient or rising or lone or impossible or tiles or equal or sums or norms or cosine)"
+SELECTED = (
+    "(gradient or rising or lone or impossible or nan or tiles or equal or sums or norms or cosine)"
+)
 KINDS = ("DEFAULT", "AVX2", "AVX512")  # each includes those before
 OF_THIS_CPU = torch.backends.cpu.get_cpu_capability()
 

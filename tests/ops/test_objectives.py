@@ -113,6 +113,24 @@ def test_impossible_tokens(name, dtype):
     check([_run(0, 1, None, name, 1.3, *inputs)], *expected, dtype)
 
 
+@DTYPES
+@EVERY
+@pytest.mark.parametrize("column", [0, 137, VOCAB - 1])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_nan_among_the_logits_shows(name, dtype, column, whose):
+    student, teacher, *rest = _inputs(torch.seed() % 2**31, dtype)
+    mask, upstream = torch.ones_like(rest[0]), rest[1]
+    clean, clean_grad, _ = _run(0, 1, None, name, 1.3, student, teacher, mask, upstream)
+    {"student": student, "teacher": teacher}[whose][2, 1, column] = torch.nan
+    loss, grad, valid = _run(0, 1, None, name, 1.3, student, teacher, mask, upstream)
+    hit = torch.zeros(S, B, dtype=torch.bool)
+    hit[2, 1] = True
+    assert torch.equal(loss.isnan(), hit)
+    assert torch.equal(grad[..., :valid].isnan().any(-1), hit)
+    assert torch.equal(loss[~hit], clean[~hit])
+    assert torch.equal(grad[~hit], clean_grad[~hit])
+
+
 @EVERY
 def test_masked_tokens_alone(name):
     student = torch.full((S, B, 33), torch.nan, requires_grad=True)
