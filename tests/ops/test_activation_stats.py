@@ -76,7 +76,7 @@ def test_nan_is_seen_and_the_maximum_passes_over_it(row, device):
     *sums, largest = activation_stats(x)
     for total in sums:
         assert total.isnan().sum() == 1
-    if library.extension_built:
+    if x.device.type in library.kernel_devices:
         assert largest.max() == 5
 
 

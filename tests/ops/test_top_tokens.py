@@ -97,7 +97,9 @@ def _rows(dtype, columns):
     ("columns", "k"), [(5, 1), (5, 9), (333, 1), (333, 40), (333, 333), (20001, 1), (20001, 300)]
 )
 def test_kernel_equals_its_reference(dtype, columns, k):
-    torch.seed()
+    seed = torch.seed() % 2**31
+    torch.manual_seed(seed)
+    print(f"{seed=}")  # what a failure is repeated with
     rows, mask = _rows(dtype, columns + 7)
     arguments = (rows, mask, k, columns, 4 * columns, 1.7)
     found = torch.ops.minitron.top_candidates(*arguments)
