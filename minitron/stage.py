@@ -52,6 +52,7 @@ _CHATTY = (
     "matplotlib",
     "lm_eval",
     "datasets",
+    "huggingface_hub",
 )
 _FAILURE_KEY = "minitron/failure"
 

@@ -8,15 +8,19 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from minitron.data.batches import Batch
 from minitron.errors import MinitronError
 from minitron.model import hf, sharding
 from minitron.model.llama import build_llama, check_parallel
-from minitron.model.schedule import run_schedule
 from minitron.model.sharding import open_model, save_model
 from minitron.model.weights import INDEX_FILE, WeightWriter
 from minitron.parallel import ParallelConfig, initialize
-from tests.runs import VOCAB, build_model, load_tensors, run_on, save_gradients
+from tests.model.round_trip import (
+    assert_same_tensors,
+    batch_of,
+    check_round_trip,
+    logits_and_copies,
+)
+from tests.runs import VOCAB, load_tensors, run_on, save_gradients
 from tests.tiny import VARIANTS, random_llama, save_llama, tiny_config
 
 SHAPES = {name: {"vocab_size": VOCAB, **variant} for name, variant in VARIANTS.items()} | {
@@ -44,60 +48,18 @@ def models(tmp_path_factory):
     return {name: (root / name, save_llama(root / name, **shape)) for name, shape in SHAPES.items()}
 
 
-def _batch(vocab_size):
-    tokens = torch.randint(vocab_size, (2, 25), generator=torch.Generator().manual_seed(1))
-    return Batch(
-        tokens=tokens[:, :-1],
-        labels=tokens[:, 1:],
-        loss_mask=torch.ones(2, 24),
-        position_ids=torch.arange(24).repeat(2, 1),
-        valid=torch.ones(2, dtype=torch.bool),
-        sample_ids=torch.full((2, 2), -1),
-    )
-
-
-def _logits_and_copies(parallel, directories, out):
-    """Logits [b, s, valid columns] of every model on the last stage; all are saved again."""
-    topology = initialize(parallel)
-    found = {}
-    for directory in directories:
-        model = build_model(directory, topology)
-
-        def keep(hidden, batch, index, model=model, name=directory.name):
-            found[name] = model.logits(hidden)[..., : model.valid_columns].transpose(0, 1)
-
-        batch = _batch(model.arch.vocab_size)
-        run_schedule(model, [batch], keep, forward_only=True)
-        copy = out / directory.name
-        copy.mkdir(exist_ok=True)
-        save_model([model], copy, dtype=torch.float32, base_dir=directory)
-    return found
-
-
 @pytest.mark.parametrize(
     "topology", ["tp1", "tp2", "tp2+sp", "tp4", "tp4+sp", "pp2", "pp2 uneven", "tp2+sp pp2"]
 )
 def test_logits_and_weights_are_those_of_transformers(models, tmp_path, topology):
     directories = [directory for directory, _ in models.values()]
-    ranks = run_on(topology, _logits_and_copies, directories, tmp_path)
-    for name, (directory, model) in models.items():
-        ours = torch.cat([rank[name] for rank in ranks if rank], -1)  # in order of the vocabulary
-        with torch.no_grad():
-            expected = model(_batch(model.config.vocab_size).tokens).logits
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4, msg=lambda m, n=name: n + m)
-        assert_same_tensors(directory, tmp_path / name)
+    ranks = run_on(topology, logits_and_copies, directories, tmp_path)
+    for directory, model in models.values():
+        check_round_trip(directory, model, ranks, tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "everything")
     _, model = models["everything"]
-    tokens = _batch(VOCAB).tokens
+    tokens = batch_of(VOCAB).tokens
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-
-
-def assert_same_tensors(directory, copy):
-    before, after = load_tensors(directory), load_tensors(copy)
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
-        assert torch.equal(tensor, after[name]), name
 
 
 def _copy(parallel, directory, out, dtype, max_shard_bytes):
@@ -127,7 +89,7 @@ def _gradients(parallel, directory, out, recompute):
     topology = initialize(parallel)
     arch, weights = open_model(directory)
     model = build_llama(arch, topology, weights, dtype=torch.float32, recompute=recompute)
-    batch = _batch(arch.vocab_size)
+    batch = batch_of(arch.vocab_size)
     logits = model.logits(model.hidden_states(batch.tokens, batch.position_ids))
     F.cross_entropy(
         logits[..., : arch.vocab_size].flatten(0, 1), batch.labels.t().flatten()
@@ -140,7 +102,7 @@ def _gradients(parallel, directory, out, recompute):
 def test_gradients_are_those_of_transformers(models, tmp_path, name, recompute):
     directory, model = models[name]
     run_on("tp1", _gradients, directory, tmp_path, recompute)
-    batch = _batch(VOCAB)
+    batch = batch_of(VOCAB)
     model.zero_grad()
     F.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.labels.flatten()).backward()
     found = load_tensors(tmp_path)
