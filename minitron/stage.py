@@ -26,7 +26,6 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from minitron import config
 from minitron.errors import MinitronError, Stopped
 from minitron.metrics import launch_rank
 
@@ -64,6 +63,8 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
     `MinitronError`, 130 for an interrupt, 1 and a traceback for anything else; never by waiting for
     other ranks. So does a signal that has stopped a run, with status 75.
     """
+    from minitron import config  # needs packages that the rest of this file, and its users, do not
+
     configure_logging()
     try:
         main(config.parse(recipe_class))
