@@ -241,7 +241,7 @@ def bench_pruning(directory: Path, gigabytes: float, rounds: int) -> dict[str, A
 
 _PAGE = """# What importance and pruning cost
 
-Written by tests/bench/prune.py, the same numbers as JSON are in pruning.json. Both sides of a
+Written by tests/bench/prune.py, the same numbers as JSON are in pruning_cpu.json. Both sides of a
 comparison alternate within the run; a time is the median of the rounds, a ratio that of the rounds'
 ratios.
 
