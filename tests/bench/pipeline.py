@@ -289,8 +289,8 @@ def summarize(ranks: Sequence[dict[str, dict[str, Any]]]) -> list[dict[str, Any]
 _PAGE = """# Teacher first against concatenated stages
 
 Written by `python -m tests.bench.pipeline --out docs/results` (part of `make bench`); the same
-numbers as JSON are in pipeline_cpu.json. {stages} gloo ranks with one stage and one thread each on one
-machine, steps of {microbatches} micro-batches of {seq_length} tokens in fp32; teacher 8 layers of
+numbers as JSON are in pipeline_cpu.json. {stages} gloo ranks with one stage and one thread each on
+one machine, steps of {microbatches} micro-batches of {seq_length} tokens in fp32; teacher 8 layers of
 512 channels, student 8 of 384, vocabulary 4096. Variants take steps in turn; a rate is that of the
 median step, the ratio the median over rounds. All have the same gradient norm to 1e-5. Whence the
 columns are derived is in [teacher_first.md](../teacher_first.md).
