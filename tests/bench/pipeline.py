@@ -290,10 +290,10 @@ _PAGE = """# Teacher first against concatenated stages
 
 Written by `python -m tests.bench.pipeline --out docs/results` (part of `make bench`); the same
 numbers as JSON are in pipeline_cpu.json. {stages} gloo ranks with one stage and one thread each on
-one machine, steps of {microbatches} micro-batches of {seq_length} tokens in fp32; teacher 8 layers of
-512 channels, student 8 of 384, vocabulary 4096. Variants take steps in turn; a rate is that of the
-median step, the ratio the median over rounds. All have the same gradient norm to 1e-5. Whence the
-columns are derived is in [teacher_first.md](../teacher_first.md).
+one machine, steps of {microbatches} micro-batches of {seq_length} tokens in fp32; teacher 8 layers
+of 512 channels, student 8 of 384, vocabulary 4096. Variants take steps in turn; a rate is that of
+the median step, the ratio the median over rounds. All have the same gradient norm to 1e-5. Whence
+the columns are derived is in [teacher_first.md](../teacher_first.md).
 
 "Held" are the hidden states and gradients that a stage got or gave away, and the teacher's final
 states that wait for the student: the most that existed at a time, by stage. On uneven stages the
