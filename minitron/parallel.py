@@ -295,9 +295,9 @@ def any_rank(flag: bool) -> bool:
     """Whether a flag is set on any rank; call on all."""
     if not dist.is_initialized():
         return flag
-    flags = [False] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+    votes = torch.tensor(float(flag), device=platform.device())
+    dist.all_reduce(votes)
+    return votes.item() > 0
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:

@@ -128,6 +128,22 @@ class MaskedBatches(TrainBatches):
             yield dataclasses.replace(batch, loss_mask=counted.float())
 
 
+class StoppingBatches(EvalBatches):
+    """Validation batches at whose second half a signal comes."""
+
+    stop_at: tuple[int, int, int] | None = None
+    """Validation (the first is 0), rank and the signal that comes to it."""
+    begun = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        number, self.begun = self.begun, self.begun + 1
+        here = number, dist.get_rank()
+        for index, batch in enumerate(super().__iter__()):
+            if self.stop_at and self.stop_at[:2] == here and index == len(self) // 2:
+                os.kill(os.getpid(), self.stop_at[2])
+            yield batch
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A training run; with a teacher it distills. `out` gets metrics, checkpoints and `model/`."""
@@ -146,6 +162,7 @@ class Run:
     crash_at: int | None = None
     prompts_at: int | None = None
     stop_at: tuple[int, int, int] | None = None
+    stop_valid_at: tuple[int, int, int] | None = None
     until_step: int | None = None
 
 
@@ -212,12 +229,15 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
     """Do a run on this rank; what `Trainer.run` returns."""
     topology = initialize(parallel)
     ranks = {"data_parallel_rank": topology.dp_rank, "data_parallel_size": topology.dp_size}
-    validation = run.valid and EvalBatches(
-        open_windows([str(run.valid)], SEQ_LENGTH),
-        micro_batch_size=run.train.micro_batch_size,
-        include_remainder=False,
-        **ranks,
-    )
+    validation = None
+    if run.valid:
+        validation = StoppingBatches(
+            open_windows([str(run.valid)], SEQ_LENGTH),
+            micro_batch_size=run.train.micro_batch_size,
+            include_remainder=False,
+            **ranks,
+        )
+        validation.stop_at = run.stop_valid_at
     on_rank_zero(lambda: (run.out / "model").mkdir(parents=True, exist_ok=True))
     model = build_chunks_of(run.model, topology, run.precision, recompute=run.train.recompute)
     trainer = Trainer(

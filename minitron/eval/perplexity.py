@@ -25,6 +25,7 @@ def evaluate(
     window: Callable[[Sequence[Batch]], int | None] = lambda _: None,
     prepare: Callable[[Sequence[Batch]], None] | None = None,
     total: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Run a model over held-out batches.
 
@@ -36,6 +37,7 @@ def evaluate(
         window: most micro-batches to prepare at a time; None for all at hand.
         prepare: called with each window of batches before it goes through the model.
         total: batches in all, for the progress bar; None shows no bar.
+        check: called on all ranks before some batches go through the model; may raise.
 
     Returns:
         The mean of every loss in nats per token, and `tokens`, the same on all ranks.
@@ -55,6 +57,7 @@ def evaluate(
         total=total, desc="eval", unit="batches", enabled=total is not None and is_rank_zero()
     ) as bar:
         while group := list(itertools.islice(iterator, group_size)):
+            check()
             run_schedule(
                 model, group, on_output, forward_only=True, window=window(group), prepare=prepare
             )

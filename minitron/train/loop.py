@@ -16,7 +16,7 @@ from minitron import parallel, platform
 from minitron.data.batches import Batch, EvalBatches, TrainBatches
 from minitron.errors import Diverged, MinitronError, Stopped
 from minitron.eval.perplexity import evaluate
-from minitron.metrics import MetricsWriter, log, progress
+from minitron.metrics import METRICS, MetricsWriter, log, progress, read_metrics
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import TokenMeans, run_schedule
 from minitron.stage import StopRequest
@@ -75,6 +75,7 @@ class Trainer:
         self.position = Position()
         self._stop = StopRequest()
         self._stops = False  # as all ranks have agreed
+        self._saved_step = 0
         self._has_skipped = False
         self.wrapped = [wrap_chunk(chunk) for chunk in model]
         self.optimizer = build_optimizer(self.wrapped, config)
@@ -100,6 +101,7 @@ class Trainer:
         if steps:
             path = checkpoint_path(self.checkpoints, steps[-1])
             self.position = load_checkpoint(path, self.model, self.optimizer)
+            self._saved_step = self.step
             log(f"resumed from {path} at step {self.step}")
         if self.step > self.config.steps:
             raise MinitronError(
@@ -111,7 +113,8 @@ class Trainer:
         """Train to the last step, validating and saving on the way.
 
         If any rank receives a signal to stop (`minitron.stage.STOP_SIGNALS`), all finish the step
-        under way and save a checkpoint. Should a validation be due, it is left out.
+        under way, or leave the validation under way, and save a checkpoint. The resumed run begins
+        with the validation that is missing.
 
         Args:
             until_step: stop there, validated and with a checkpoint to go on from; the learning
@@ -124,7 +127,7 @@ class Trainer:
         Raises:
             Diverged: a loss or the gradient norm is not finite; on all ranks alike.
             Stopped: by a signal; a run resumed from the checkpoint ends as this one would have. In
-                the last step of all, a signal stops nothing.
+                the last step of all, a signal stops nothing but its validation.
         """
         config = self.config
         end = config.steps if until_step is None else min(until_step, config.steps)
@@ -143,7 +146,7 @@ class Trainer:
         with contextlib.closing(writer), bar, self._stop:
             if self.step > 0:
                 writer.truncate_after(self.step)
-            if self.step == 0:
+            if self.step == 0 or (self._is_validated_at(end) and not self._has_validation()):
                 validated = self._validate(writer)
             elif self.step == end:  # resumed when all was done: its record is there
                 validated = self._validate(None)
@@ -154,17 +157,16 @@ class Trainer:
                 bar.update(self.tokens_per_step, step=self.step, **shown)
                 last = self.step == end
                 if self._stops and not last:
-                    self._save_checkpoint()
                     self._end_stopped()
-                if last or (config.valid_interval and self.step % config.valid_interval == 0):
+                if self._is_validated_at(end):
                     validated = self._validate(writer)
                 if (last and (until_step is not None or self._stops)) or (
                     config.checkpoint_interval
                     and (last or self.step % config.checkpoint_interval == 0)
                 ):
                     self._save_checkpoint()
-            if until_step is not None and parallel.any_rank(self._stop.received):
-                self._end_stopped()
+            if until_step is not None:
+                self._heed_signals()
         return {**validated, "tokens": self.position.tokens}
 
     def close(self) -> None:
@@ -231,11 +233,16 @@ class Trainer:
             )
         return {"skipped": 1}
 
+    def _heed_signals(self) -> None:
+        """End the run on all ranks if a signal has come to one."""
+        if parallel.any_rank(self._stop.received):
+            self._end_stopped()
+
     def _end_stopped(self) -> NoReturn:
-        """End the run on all ranks, as it has to be resumed; a checkpoint is there."""
-        log(
-            f"stopped by a signal, with a checkpoint of step {self.step} for --resume to go on from"
-        )
+        """End the run on all ranks, as it has to be resumed; a start needs no checkpoint."""
+        if self.step != self._saved_step:
+            self._save_checkpoint()
+        log(f"stopped by a signal at step {self.step}, from where --resume goes on")
         parallel.barrier()  # where one rank ends, torchrun ends the others
         raise Stopped
 
@@ -247,6 +254,21 @@ class Trainer:
         """
         return self.position.tokens // self.batches.seq_length
 
+    def _is_validated_at(self, end: int) -> bool:
+        """Whether the run is validated at this step, if it ends at `end`."""
+        interval = self.config.valid_interval
+        return self.step == end or bool(interval and self.step % interval == 0)
+
+    def _has_validation(self) -> bool:
+        """Whether an earlier attempt came to the end of this step's validation."""
+
+        def look() -> bool:
+            path, loss = self.out / METRICS, self.objective.validation_losses[0]
+            records = read_metrics(path) if path.exists() else []
+            return any(r.get("step") == self.step and loss in r for r in records)
+
+        return parallel.on_rank_zero(look)
+
     def _validate(self, writer: MetricsWriter | None) -> dict[str, float]:
         if self.validation is None:
             return {}
@@ -257,6 +279,7 @@ class Trainer:
             self.objective.validation_losses,
             window=self.objective.window,
             prepare=self.objective.prepare,
+            check=self._heed_signals,
         )
         if not losses.pop("tokens"):
             raise MinitronError(
@@ -287,3 +310,4 @@ class Trainer:
             files=self.files,
             keep=self.config.keep_checkpoints,
         )
+        self._saved_step = self.step

@@ -166,6 +166,63 @@ def test_a_signal_in_the_last_step_of_a_part_stops_the_parts_to_come(tmp_path, r
     assert list_checkpoints(tmp_path / "checkpoints") == [4]
 
 
+VALIDATED = replace(CONFIG, steps=4, valid_interval=2, checkpoint_interval=0)
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory, run):
+    """Runs of four steps with a validation before, amid and after them, by topology."""
+    valid = write_tokens(run.out.parent / "valid", 18 * SEQ_LENGTH + 1, seed=1)
+    runs_by_topology = {}
+
+    def finish(topology):
+        if topology not in runs_by_topology:
+            out = tmp_path_factory.mktemp("validated")
+            runs_by_topology[topology] = replace(run, out=out, valid=valid, train=VALIDATED)
+            run_on(topology, runs.train, runs_by_topology[topology])
+        return runs_by_topology[topology]
+
+    return finish
+
+
+@pytest.mark.parametrize(
+    ("topology", "rank", "validation", "number"),
+    [
+        ("dp2", 1, 0, signal.SIGTERM),
+        ("dp2", 0, 1, signal.SIGUSR1),
+        ("dp2", 1, 2, signal.SIGTERM),
+        ("pp2", 0, 1, signal.SIGTERM),
+    ],
+)
+def test_a_signal_ends_a_validation_which_the_resumed_run_repeats(
+    tmp_path, validated, topology, rank, validation, number
+):
+    whole, step = validated(topology), 2 * validation
+    stopped = replace(whole, out=tmp_path, stop_valid_at=(validation, rank, number))
+    assert run_on(topology, runs.train, stopped) == [{}, {}]
+    records = step_records(whole.out)
+    is_first_part = [r["step"] < step or (r["step"] == step and "lr" in r) for r in records]
+    assert step_records(tmp_path) == list(itertools.compress(records, is_first_part))
+    assert list_checkpoints(tmp_path / "checkpoints") == [step] * bool(step)
+
+    again = replace(stopped, stop_valid_at=(0, rank, number), resume=True)
+    run_on(topology, runs.train, again)  # a second time, as soon as it goes on
+    assert list_checkpoints(tmp_path / "checkpoints") == [step] * bool(step)
+    run_on(topology, runs.train, replace(again, stop_valid_at=None))
+    assert step_records(tmp_path) == records
+    found, expected = load_tensors(tmp_path / "model"), load_tensors(whole.out / "model")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_validation_that_a_signal_leaves_no_time_for_is_made_up_for(tmp_path, validated):
+    whole = validated("dp2")
+    stopped = replace(whole, out=tmp_path, stop_at=(1, 0, signal.SIGTERM))
+    run_on("dp2", runs.train, stopped)
+    assert [r["step"] for r in step_records(tmp_path)] == [0, 1, 2]
+    run_on("dp2", runs.train, replace(stopped, stop_at=None, resume=True))
+    assert step_records(tmp_path) == step_records(whole.out)
+
+
 def _fused_after_loading(parallel, run, path):
     topology = initialize(parallel)
     model = [build_model(run.model, topology)]
