@@ -60,9 +60,10 @@ class PruneConfig:
     published model uses either; measure before you trust it. No effect where all heads stay."""
     multiple: int = 1
     """Round the hidden size, and the neurons of each rank, to a multiple that suits kernels, such
-    as 64 or 128. The arithmetic is printed."""
+    as 64 or 128. Only sizes that are given are rounded; the arithmetic is printed."""
     target_tensor_parallel_size: int = 1
-    """Round every width to one that so many tensor-parallel ranks can share."""
+    """Round the widths that are given to what so many tensor-parallel ranks can share; one that is
+    not given, and that they cannot share, is refused."""
     rounds: int = 1
     """Rounds in which the shape is to be reached, this one included: only that part of the way is
     gone now, rounded to what can be built. The next round starts from the result, with one less."""
@@ -89,7 +90,7 @@ class PruneConfig:
         return self._plan(source)[0]
 
     def arithmetic(self, source: Architecture) -> list[str]:
-        """How each width was rounded, a line each; none unless rounding was asked for.
+        """How the sizes came about, a line each; none unless rounding was asked for.
 
         Raises:
             MinitronError: as `target` does.
@@ -105,37 +106,23 @@ class PruneConfig:
                 raise MinitronError(
                     f"prune.{name}={size}, but the model has {largest}; choose 1 to {largest}"
                 )
-        if self.rounds > 1:
-            for name, size in asked.items():
-                way = getattr(source, name) - size
-                asked[name] = size + way - round(way / self.rounds)
-        sizes = {name: getattr(source, name) for name in (*_WIDTHS, "num_layers")} | asked
-        tp = self.target_tensor_parallel_size
-        is_rounded = self.multiple > 1 or tp > 1 or self.rounds > 1
-        lines: list[str] = []
+        multiple, tp = self.multiple, self.target_tensor_parallel_size
+        rounding = _Rounding(source, asked, self.rounds, is_wanted=multiple > 1 or tp > 1)
+        sizes, hidden = rounding.sizes, source.hidden_size
+        keeps_hidden = "hidden_size" not in asked  # then the heads have to divide it as it is
+        divides = f" that divides the hidden size, {hidden}" if keeps_hidden else ""
 
-        def settle(name: str, choices: list[int], reason: str) -> None:
-            """Round to the nearest choice, the larger of two."""
-            if not is_rounded:
-                return
-            if not choices:
-                raise MinitronError(
-                    f"prune.{name}={sizes[name]} cannot be rounded: the model has "
-                    f"{getattr(source, name)}, and no smaller size is a {reason}; lower "
-                    "prune.multiple or prune.target_tensor_parallel_size"
-                )
-            nearest = min(choices, key=lambda size: (abs(size - sizes[name]), -size))
-            lines.append(f"{name}: {sizes[name]} -> {nearest}, a {reason}")
-            sizes[name] = nearest
-
-        all_groups = source.num_query_groups
+        all_groups, all_heads = source.num_query_groups, source.num_attention_heads
         merges = self.group_reduction == "mean"
         divisors = [g for g in range(1, all_groups + 1) if all_groups % g == 0]
-        possible = divisors if merges else list(range(1, all_groups + 1))
-        settle(
+        rounding.settle(
             "num_query_groups",
-            [g for g in possible if g % tp == 0 or tp % g == 0],
-            f"multiple or divisor of {tp} ranks",
+            [
+                g
+                for g in (divisors if merges else range(1, all_groups + 1))
+                if (g % tp == 0 or tp % g == 0) and not (keeps_hidden and hidden % math.lcm(g, tp))
+            ],
+            f"multiple or divisor of {tp} ranks{divides}",
         )
         groups = sizes["num_query_groups"]
         if merges and groups not in divisors:
@@ -144,30 +131,32 @@ class PruneConfig:
                 "key/value heads, whose neighbours prune.group_reduction=mean averages; choose "
                 f"{_listed(divisors)}"
             )
-        share = source.num_attention_heads // all_groups
-        most = source.num_attention_heads if merges else groups * share
-        if "num_attention_heads" not in asked:
-            sizes["num_attention_heads"] = most
+        most = all_heads if merges else groups * (all_heads // all_groups)
+        if "num_attention_heads" not in asked and most < all_heads:
+            rounding.follow("num_attention_heads", most)
         unit = math.lcm(groups, tp)
-        settle(
+        rounding.settle(
             "num_attention_heads",
-            list(range(unit, most + 1, unit)),
-            f"multiple of {unit} = lcm({groups} key/value heads, {tp} ranks)",
+            [n for n in range(unit, most + 1, unit) if not (keeps_hidden and hidden % n)],
+            f"multiple of {unit} = lcm({groups} key/value heads, {tp} ranks){divides}",
         )
         heads = sizes["num_attention_heads"]
         self._check_heads(heads, groups, most)
-        unit = math.lcm(self.multiple, heads)
-        settle(
+        unit = math.lcm(multiple, heads)
+        rounding.settle(
             "hidden_size",
-            list(range(unit, source.hidden_size + 1, unit)),
-            f"multiple of {unit} = lcm({self.multiple}, {heads} heads, which transformers demands)",
+            list(range(unit, hidden + 1, unit)),
+            f"multiple of {unit} = lcm({multiple}, {heads} heads, which transformers demands)",
+            is_needed=False,
         )
-        unit = self.multiple * tp
-        settle(
+        unit = multiple * tp
+        rounding.settle(
             "ffn_hidden_size",
             list(range(unit, source.ffn_hidden_size + 1, unit)),
-            f"multiple of {unit} = {self.multiple} x {tp} ranks",
+            f"multiple of {unit} = {multiple} x {tp} ranks",
+            is_needed=source.ffn_hidden_size % tp != 0,
         )
+        rounding.settle("num_layers", list(range(1, source.num_layers + 1)), "")
         if self.drop_layers:
             left = len(kept_layers(source.num_layers, self.drop_layers))
             if asked.get("num_layers", left) != left:
@@ -179,7 +168,7 @@ class PruneConfig:
             sizes["num_layers"] = left
         target = dataclasses.replace(source, **sizes)
         hf.check_shape(target)
-        return target, lines
+        return target, rounding.lines
 
     def _check_heads(self, heads: int, groups: int, most: int) -> None:
         if heads % groups:
@@ -197,6 +186,78 @@ class PruneConfig:
                 f"{most // groups}; choose at most {groups} x {most // groups} = {most}, or "
                 "prune.group_reduction=mean"
             )
+
+
+class _Rounding:
+    """The sizes on their way from what is asked to what can be, with the arithmetic.
+
+    What nobody asked to change is not rounded. It is refused where ranks cannot share it, and stays
+    with a word about it where kernels would like it better otherwise.
+
+    Args:
+        source: the model.
+        asked: sizes by name.
+        rounds: in which they are to be reached, this one included.
+        is_wanted: whether to round even in a single round.
+    """
+
+    def __init__(
+        self, source: Architecture, asked: dict[str, int], rounds: int, *, is_wanted: bool
+    ) -> None:
+        self._largest = {name: getattr(source, name) for name in (*_WIDTHS, "num_layers")}
+        self.sizes = self._largest | asked
+        self.lines: list[str] = []
+        self._may_change = set(asked)
+        self._is_wanted = is_wanted or rounds > 1
+        self._ways: dict[str, str] = {}
+        if rounds > 1:
+            for name, size in asked.items():
+                way = self._largest[name] - size
+                self.sizes[name] = size + way - round(way / rounds)
+                self._ways[name] = f"{size + way} to {size} in {rounds} rounds, now "
+
+    def follow(self, name: str, size: int) -> None:
+        """Set a size that follows from others and may be rounded as they are."""
+        self.sizes[name] = size
+        self._may_change.add(name)
+
+    def settle(self, name: str, choices: list[int], kind: str, *, is_needed: bool = True) -> None:
+        """Round a size to the nearest choice, the larger of two.
+
+        Args:
+            name: of the size.
+            choices: what it may be.
+            kind: what the choices are; empty if they are all there is.
+            is_needed: whether a size that is not to change has to be one of them.
+
+        Raises:
+            MinitronError: there is no choice, or a size that is not to change is none.
+        """
+        size = self.sizes[name]
+        if not self._is_wanted:
+            return
+        if name not in self._may_change:
+            if size in choices:
+                return
+            if is_needed:
+                raise MinitronError(
+                    f"{name}={size} was not asked to change, and is no {kind}; give prune.{name}, "
+                    "which is then rounded, or lower prune.target_tensor_parallel_size"
+                )
+            self.lines.append(f"{name}: stays {size}, no {kind}; give prune.{name} to round it")
+            return
+        if not choices:
+            raise MinitronError(
+                f"prune.{name}={size} cannot be rounded: the model has {self._largest[name]}, and "
+                f"no smaller size is a {kind}; lower prune.multiple or "
+                "prune.target_tensor_parallel_size, or give other sizes"
+            )
+        nearest = min(choices, key=lambda choice: (abs(choice - size), -choice))
+        change = f"{size} -> {nearest}" if nearest != size else f"{size}"
+        reason = f", a {kind}" if kind else ""
+        if reason or name in self._ways:
+            self.lines.append(f"{name}: {self._ways.get(name, '')}{change}{reason}")
+        self.sizes[name] = nearest
 
 
 def _listed(numbers: list[int]) -> str:

@@ -186,6 +186,90 @@ def test_rounded_shapes_run_on_the_ranks_they_are_rounded_for(tp, multiple):
         assert target.ffn_hidden_size // tp % multiple == 0
 
 
+@pytest.mark.parametrize(
+    ("keys", "sizes", "lines"),
+    [
+        (  # heads are rounded to what divides a hidden size that nobody gave
+            {"num_attention_heads": 26, "multiple": 128},
+            (4096, 14336, 32, 8),
+            [
+                "num_attention_heads: 26 -> 32, a multiple of 8 = lcm(8 key/value heads, 1 ranks) "
+                "that divides the hidden size, 4096"
+            ],
+        ),
+        (
+            {"hidden_size": 3072, "multiple": 3000},
+            None,
+            r"prune.hidden_size=3072 cannot be rounded: the model has 4096, and no smaller size is",
+        ),
+        (
+            {"hidden_size": 3100, "multiple": 512, "target_tensor_parallel_size": 8},
+            (3072, 14336, 32, 8),
+            [
+                "hidden_size: 3100 -> 3072, a multiple of 512 = lcm(512, 32 heads, which "
+                "transformers demands)",
+                "ffn_hidden_size: stays 14336, no multiple of 4096 = 512 x 8 ranks; give "
+                "prune.ffn_hidden_size to round it",
+            ],
+        ),
+        (
+            {"ffn_hidden_size": 9216, "multiple": 128, "target_tensor_parallel_size": 8},
+            (4096, 9216, 32, 8),
+            ["ffn_hidden_size: 9216, a multiple of 1024 = 128 x 8 ranks"],
+        ),
+        (  # query heads follow from key/value heads, and are rounded with them
+            {"num_query_groups": 3, "target_tensor_parallel_size": 4},
+            (4096, 14336, 16, 4),
+            [
+                "num_query_groups: 3 -> 4, a multiple or divisor of 4 ranks that divides the "
+                "hidden size, 4096",
+                "num_attention_heads: 16, a multiple of 4 = lcm(4 key/value heads, 4 ranks) that "
+                "divides the hidden size, 4096",
+            ],
+        ),
+        (
+            {"hidden_size": 3072, "target_tensor_parallel_size": 3},
+            None,
+            r"num_query_groups=8 was not asked to change, and is no multiple or divisor of 3 "
+            r"ranks; give prune.num_query_groups, which is then rounded, or lower "
+            r"prune.target_tensor_parallel_size",
+        ),
+        (
+            {"hidden_size": 3072, "target_tensor_parallel_size": 64},
+            None,
+            r"num_attention_heads=32 was not asked to change, and is no multiple of 64 = lcm\(8 ",
+        ),
+        (
+            {"hidden_size": 3072, "num_layers": 20, "rounds": 3},
+            (3744, 14336, 32, 8),
+            [
+                "hidden_size: 4096 to 3072 in 3 rounds, now 3755 -> 3744, a multiple of 32 = "
+                "lcm(1, 32 heads, which transformers demands)",
+                "num_layers: 32 to 20 in 3 rounds, now 28",
+            ],
+        ),
+    ],
+)
+def test_only_what_is_asked_for_is_rounded(keys, sizes, lines):
+    config = PruneConfig(**keys)
+    if sizes is None:
+        with pytest.raises(MinitronError, match=lines):
+            config.target(LLAMA_31_8B)
+        return
+    target = config.target(LLAMA_31_8B)
+    assert config.arithmetic(LLAMA_31_8B) == lines
+    names = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    assert tuple(getattr(target, name) for name in names) == sizes
+
+
+def test_rounds_of_heads_never_leave_a_hidden_size_that_nobody_gave():
+    arch, shapes = LLAMA_31_8B, []
+    for left in (4, 3, 2, 1):
+        arch = PruneConfig(num_query_groups=2, rounds=left).target(arch)
+        shapes.append((arch.hidden_size, arch.num_attention_heads, arch.num_query_groups))
+    assert shapes == [(4096, 32, 8), (4096, 32, 8), (4096, 16, 4), (4096, 8, 2)]
+
+
 def test_without_rounding_sizes_are_those_asked_for():
     config = PruneConfig(hidden_size=3008, ffn_hidden_size=9217)
     assert config.arithmetic(LLAMA_31_8B) == []
