@@ -28,7 +28,7 @@ from minitron.model.sharding import open_model
 from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero
 from minitron.platform import Precision
 from minitron.stage import run
-from minitron.train.run import fingerprints, open_run
+from minitron.train.run import fingerprints, has_more_to_do, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,12 @@ def main(recipe: Recipe) -> None:
         raise MinitronError(f"{path} holds no tokenizer; copy that of the model there")
     context = arch.max_position_embeddings
     prompts = on_rank_zero(lambda: read_prompts(recipe.prompts, tokenizer, context=context))
+    inputs = fingerprints({"model": path})
+    if not has_more_to_do(recipe, inputs):
+        return
     dtype = platform.DTYPES[recipe.precision]
     model = freeze(build_llama(arch, topology, weights, dtype=dtype, transformer_impl="local"))
-    if not open_run(recipe, fingerprints({"model": path})):
-        return
+    open_run(recipe, inputs)
     file = out / f"{RESPONSES}.jsonl"
     first = on_rank_zero(lambda: count_answered(file, prompts))
     if first:

@@ -32,7 +32,7 @@ from minitron.search.trials import Trials, check_candidate
 from minitron.stage import run
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.config import TrainConfig
-from minitron.train.run import fingerprints, open_batches, open_run
+from minitron.train.run import fingerprints, has_more_to_do, open_batches, open_run
 
 BEST_DIR = "best"
 
@@ -134,10 +134,10 @@ def main(recipe: Recipe) -> None:
         return
     assert recipe.data is not None, "the recipe has checked"
     topology = initialize(recipe.parallel, seed=recipe.seed)
-    inputs = [recipe.model.path, recipe.scores.path]
+    sources = [recipe.model.path, recipe.scores.path]
     on_rank_zero(
         lambda: artifact.check_out(
-            recipe.out, overwrite=recipe.overwrite, resume=recipe.resume, inputs=inputs
+            recipe.out, overwrite=recipe.overwrite, resume=recipe.resume, inputs=sources
         )
     )
     source, weights = open_model(recipe.model.path)
@@ -153,10 +153,12 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
     )
     assert validation is not None, "the recipe has checked"
-    inputs = {"model": recipe.model.path, "scores": recipe.scores.path}
-    if not open_run(recipe, fingerprints(inputs, batches, validation)):
+    read = {"model": recipe.model.path, "scores": recipe.scores.path}
+    inputs = fingerprints(read, batches, validation)
+    if not has_more_to_do(recipe, inputs):
         return
-    results = on_rank_zero(lambda: load_results(recipe.out, source) or _count(recipe, source))
+    results = on_rank_zero(lambda: _earlier_results(recipe, source) or _count(recipe, source))
+    open_run(recipe, inputs)  # nothing is left behind by a grid of which nothing fits
     dtype = platform.DTYPES[recipe.precision]
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
     trials = Trials(
@@ -181,6 +183,10 @@ def main(recipe: Recipe) -> None:
     if is_rank_zero():
         print(results.table(rungs), flush=True)
         print(f"\n{_advice(recipe, source, best)}\nwrote {recipe.out}", flush=True)
+
+
+def _earlier_results(recipe: Recipe, source: Architecture) -> Results | None:
+    return load_results(recipe.out, source) if recipe.resume else None
 
 
 def _count(recipe: Recipe, source: Architecture) -> Results:

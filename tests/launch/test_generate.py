@@ -12,7 +12,9 @@ from transformers import LlamaForCausalLM
 
 from minitron import artifact
 from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
+from minitron.errors import MinitronError
 from tests.launch.launcher import Launch, launch
+from tests.launch.search.searching import call
 from tests.tiny import save_llama
 
 VOCAB = 400
@@ -92,6 +94,13 @@ def test_a_killed_run_continues(root, answered, tmp_path, forked):
     assert result.status == 0, result.err
     assert f"answers 4 of {PROMPTS} prompts; continuing" in result.err
     assert (out / "responses.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_another_recipe_is_refused_before_a_model_is_built(root, answered, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("minitron.model.llama.LlamaModel.__init__", None)
+    with pytest.raises(MinitronError, match=r"sampling.top_p: 1.0 -> 0.5; take the old values"):
+        call(*ANSWER, "--sampling.top_p", 0.5, "--out", answered, "--resume")
 
 
 def test_a_student_learns_the_responses_alone(root, answered, tmp_path, forked):

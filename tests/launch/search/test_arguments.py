@@ -63,6 +63,7 @@ def test_mistakes(inputs, tmp_path, flags, message):
     with pytest.raises(MinitronError) as caught:
         call("search", *arguments, "--out", tmp_path / "out")
     assert str(caught.value).startswith(message)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
