@@ -256,10 +256,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-    numeric = [
-        all(value is None or isinstance(value, int | float) for value in column)
-        for column in (zip(*rows, strict=True) if rows else ((),) * len(headers))
-    ]
+    numeric = _numeric(headers, rows)
     lines = [
         "  ".join(
             text.rjust(width) if right else text.ljust(width)
@@ -268,6 +265,21 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         for row in (list(headers), ["-" * width for width in widths], *cells)
     ]
     return "\n".join(lines)
+
+
+def format_markdown(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """The table that `format_table` aligns, in Markdown."""
+    rule = ["--:" if right else ":--" for right in _numeric(headers, rows)]
+    cells = [[_cell(value) for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headers, rule, *cells))
+
+
+def _numeric(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[bool]:
+    """Which columns hold only numbers."""
+    return [
+        all(value is None or isinstance(value, int | float) for value in column)
+        for column in (zip(*rows, strict=True) if rows else ((),) * len(headers))
+    ]
 
 
 def _cell(value: Any) -> str:

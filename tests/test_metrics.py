@@ -7,7 +7,14 @@ import pytest
 
 from minitron import metrics
 from minitron.errors import MinitronError
-from minitron.metrics import BYTES, MetricsWriter, format_table, progress, read_metrics
+from minitron.metrics import (
+    BYTES,
+    MetricsWriter,
+    format_markdown,
+    format_table,
+    progress,
+    read_metrics,
+)
 
 
 @pytest.fixture
@@ -221,6 +228,14 @@ def test_format_table_aligns_numbers_right():
         "-------  ----------  ------  ----\n"
         "teacher   1,234,567  2.5000  -\n"
         "s                12       -  5 %"
+    )
+
+
+def test_format_markdown_holds_the_same_cells():
+    rows = [["a", 12345, 2.5], ["b", None, 0.25]]
+    assert format_markdown(["model", "parameters", "loss"], rows) == (
+        "| model | parameters | loss |\n| :-- | --: | --: |\n"
+        "| a | 12,345 | 2.5000 |\n| b | - | 0.2500 |"
     )
 
 
