@@ -17,8 +17,9 @@ from minitron.model.llama import LlamaModel
 from minitron.parallel import ParallelConfig, on_rank_zero
 from minitron.platform import Precision
 from minitron.prune.ablation import AblationConfig, measure_depth
-from minitron.prune.depth import depth_table, save_depth
+from minitron.prune.depth import save_depth
 from minitron.prune.depth_plot import plot_depth
+from minitron.prune.depth_table import depth_table, save_depth_table
 from minitron.prune.importance import ImportanceConfig, collect_importance, open_calibration
 from minitron.prune.scores import check_scores, save_scores
 from minitron.stage import run
@@ -98,6 +99,7 @@ def main(recipe: Recipe) -> None:
             save_scores(directory, measured)
             if depth is not None:
                 save_depth(directory, depth)
+            save_depth_table(directory, measured.block_influence, depth)
             plot_depth(directory, measured.block_influence, depth)
             artifact.write_manifest(
                 directory,

@@ -11,6 +11,7 @@ from typing import Any
 from minitron import artifact, config
 from minitron.data.batches import DataConfig
 from minitron.errors import MinitronError
+from minitron.metrics import log
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.parallel import (
@@ -127,7 +128,10 @@ def _drop_layers(
         )
     depth = load_depth(path)
     check_origin(path, recipe.model.path)
-    return ranked_layers(depth, prune.layer_ranking, count)
+    layers = ranked_layers(depth, prune.layer_ranking, count)
+    name = depth.greedy_name if prune.layer_ranking == "greedy" else prune.layer_ranking
+    log(f"layers are chosen by {name}, on {depth.samples} samples")
+    return layers
 
 
 def _check_data(recipe: Recipe) -> DataConfig | None:

@@ -31,8 +31,7 @@ from minitron.metrics import Progress, progress
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import run_schedule
 from minitron.ops.vocab_parallel import token_chunks
-from minitron.parallel import is_rank_zero
-from minitron.prune.depth import Ablation, DepthCriterion, DepthScores
+from minitron.prune.depth import Ablation, DepthCriterion, DepthScores, by_cost
 from minitron.train.objective import language_modeling_loss
 
 
@@ -41,14 +40,15 @@ class AblationConfig:
     """Layers to leave out on trial; each trial is a forward pass."""
 
     layers: bool = False
-    """Every layer by itself: L + 1 passes."""
+    """Every layer by itself: a pass for each, and one of the whole model."""
     windows: list[int] = field(default_factory=list)
-    """Every run of so many neighbouring layers; several lengths may be given."""
+    """Every run of so many neighbouring layers, a pass for each; several lengths may be given."""
     greedy: int = 0
-    """Layers to take out one after the other, each time the one that costs least then: about L
-    passes for each."""
+    """Layers to take out one after the other, each time the one that costs least then. The first is
+    found among the trials of `layers`, which this includes; each further one takes a pass for every
+    layer that is left, and one of the whole model."""
     criterion: DepthCriterion = "lm_loss"
-    """What the greedy search minds: lm_loss, logit_distance, or accuracy on tasks."""
+    """What the greedy search keeps low: lm_loss or logit_distance; or high: accuracy on tasks."""
     metric: str = "acc"
     """What tasks call their accuracy, such as acc or acc_norm; the mean over tasks counts."""
     samples: int = 128
@@ -58,6 +58,11 @@ class AblationConfig:
         for name, lowest in (("greedy", 0), ("samples", 1)):
             if getattr(self, name) < lowest:
                 raise MinitronError(f"depth.{name}={getattr(self, name)} must be at least {lowest}")
+        if self.criterion != "lm_loss" and not self.greedy:
+            raise MinitronError(
+                f"depth.criterion={self.criterion} is of the greedy search, but depth.greedy=0; "
+                "add --depth.greedy, or leave it out: other trials serve every ranking"
+            )
 
     @property
     def is_empty(self) -> bool:
@@ -104,31 +109,34 @@ def measure_depth(
     config.check(num_layers)
     batches = copy.copy(batches)
     batches.num_samples = min(batches.num_samples, config.samples)
-    singles = [[layer] for layer in range(1, num_layers + 1)] if config.layers else []
+    all_layers = range(1, num_layers + 1)
+    singles = [[layer] for layer in all_layers] if config.layers or config.greedy else []
     windows = [
         list(range(first, first + length))
-        for length in config.windows
+        for length in sorted(set(config.windows))
         for first in range(1, num_layers - length + 2)
     ]
-    trials = len(singles) + len(windows) + 1
-    rounds = sum(num_layers - done + 1 for done in range(config.greedy))
-    total = (trials + rounds) * len(batches)
-    with progress(total=total, desc="depth", unit="passes", enabled=is_rank_zero()) as bar:
-        whole, *found = ablate(model, batches, [*singles, *windows], bar, accuracy)
-        greedy: list[Ablation] = []
-        for _ in range(config.greedy):
-            gone = greedy[-1].drop_layers if greedy else []
-            rest = [layer for layer in range(1, num_layers + 1) if layer not in gone]
-            _, *tried = ablate(model, batches, [[*gone, layer] for layer in rest], bar, accuracy)
-            # Of equals the later layer goes, as for block influence.
-            greedy.append(min(reversed(tried), key=lambda trial: trial.cost(config.criterion)))
+    # The whole model and every trial; the greedy search takes its first layer from the singles.
+    passes = 1 + len(singles) + len(windows)
+    passes += sum(1 + num_layers - gone for gone in range(1, config.greedy))
+    whole = None if accuracy is None else accuracy()  # first: it may refuse the metric
+    with progress(total=passes * len(batches), desc="depth", unit="passes") as bar:
+        run = functools.partial(ablate, model, batches, bar=bar, accuracy=accuracy)
+        lm_loss, found = run([*singles, *windows])
+        layers = found[: len(singles)]
+        greedy = [by_cost(layers, config.criterion)[0]] if config.greedy else []
+        while len(greedy) < config.greedy:
+            gone = greedy[-1].drop_layers
+            _, tried = run([[*gone, layer] for layer in all_layers if layer not in gone])
+            greedy.append(by_cost(tried, config.criterion)[0])
     return DepthScores(
         samples=batches.num_samples,
-        lm_loss=whole.lm_loss,
-        accuracy=whole.accuracy,
-        layers=found[: len(singles)],
+        lm_loss=lm_loss,
+        accuracy=whole,
+        layers=layers,
         windows=found[len(singles) :],
         greedy=greedy,
+        criterion=config.criterion if greedy else None,
     )
 
 
@@ -136,10 +144,11 @@ def ablate(
     model: LlamaModel,
     batches: EvalBatches,
     removals: Sequence[list[int]],
-    bar: Progress | None = None,
+    *,
+    bar: Progress,
     accuracy: Callable[[], float] | None = None,
-) -> list[Ablation]:
-    """Loss and logit distance of the whole model and without each of `removals`; collective.
+) -> tuple[float, list[Ablation]]:
+    """The loss of the whole model, and what is measured without each of `removals`; collective.
 
     Args:
         model: this rank's part, frozen.
@@ -147,9 +156,6 @@ def ablate(
         removals: layers to leave out, counted from 1.
         bar: advanced by one for every pass of a micro-batch.
         accuracy: see `measure_depth`.
-
-    Returns:
-        One more than `removals`; the whole model comes first.
     """
     trials = [[], *removals]
     # Loss, squared distance of logits, squares of the whole model's logits, tokens.
@@ -157,29 +163,25 @@ def ablate(
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, 4 * model.topology.pp_size)):
         whole: list[Tensor] = []  # final hidden states of the group, on the last stage
-        for trial, removed in enumerate(trials):
+        for removed, into in zip(trials, sums, strict=True):
             with bypass(model, removed):
-                see = functools.partial(_add, model, sums[trial], whole, not removed)
+                see = functools.partial(_add, model, into, whole, not removed)
                 run_schedule(model, group, see, forward_only=True)
-            if bar is not None:
-                bar.update(len(group))
+            bar.update(len(group))
     if model.topology.tp_rank != 0:
         sums[:, [0, 3]] = 0  # tensor-parallel ranks see the same tokens, but other columns
     dist.all_reduce(sums)
-    accuracies: list[float | None] = []
-    for removed in trials:
-        with bypass(model, removed):
-            accuracies.append(None if accuracy is None else accuracy())
-    return [
-        Ablation(
-            drop_layers=removed,
-            lm_loss=loss / tokens,
-            logit_distance=distance / squares,
-            accuracy=correct,
-        )
-        for removed, (loss, distance, squares, tokens), correct in zip(
-            trials, sums.tolist(), accuracies, strict=True
-        )
+    loss, distance, squares, tokens = sums.unbind(1)
+    losses, distances = (loss / tokens).tolist(), (distance / squares).tolist()
+    accuracies: list[float | None] = [None] * len(removals)
+    if accuracy is not None:
+        for i, removed in enumerate(progress(removals, desc="depth: tasks", unit="trials")):
+            with bypass(model, removed):
+                accuracies[i] = accuracy()
+    measured = zip(removals, losses[1:], distances[1:], accuracies, strict=True)
+    return losses[0], [
+        Ablation(drop_layers=removed, lm_loss=x, logit_distance=y, accuracy=z)
+        for removed, x, y, z in measured
     ]
 
 

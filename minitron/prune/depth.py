@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from minitron import artifact, metrics
+from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.prune.scores import top_indices
 
@@ -31,9 +31,19 @@ LayerRanking = Literal[
     "logit_distance",
     "accuracy",
     "window",
+    "window_logit_distance",
     "window_accuracy",
     "greedy",
 ]
+_TRIALS: dict[LayerRanking, tuple[Literal["layers", "windows"], DepthCriterion]] = {
+    "lm_loss": ("layers", "lm_loss"),
+    "logit_distance": ("layers", "logit_distance"),
+    "accuracy": ("layers", "accuracy"),
+    "window": ("windows", "lm_loss"),
+    "window_logit_distance": ("windows", "logit_distance"),
+    "window_accuracy": ("windows", "accuracy"),
+}
+"""What a ranking looks at, and what it keeps low."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +83,23 @@ class DepthScores:
     """Without each run of neighbouring layers."""
     greedy: list[Ablation]
     """Without one more layer each time."""
+    criterion: DepthCriterion | None = None
+    """What the greedy search kept low; None without one, and where an old file does not say."""
+
+    @property
+    def greedy_name(self) -> str:
+        """What tables and logs call the greedy search."""
+        return f"greedy by {self.criterion}" if self.criterion else "greedy"
+
+    def windows_by_length(self) -> dict[int, list[Ablation]]:
+        """The windows of each length, shortest first, in the order of their first layers."""
+        lengths = sorted({len(trial.drop_layers) for trial in self.windows})
+        return {n: [t for t in self.windows if len(t.drop_layers) == n] for n in lengths}
+
+
+def by_cost(trials: Sequence[Ablation], criterion: DepthCriterion) -> list[Ablation]:
+    """The trials, cheapest first; of equals that of the later layers, as for block influence."""
+    return sorted(trials, key=lambda trial: (*trial.cost(criterion), -trial.drop_layers[-1]))
 
 
 def layers_to_drop(block_influence: Tensor, num_layers: int) -> tuple[int, ...]:
@@ -99,80 +126,32 @@ def layers_to_drop(block_influence: Tensor, num_layers: int) -> tuple[int, ...]:
 def ranked_layers(depth: DepthScores, ranking: LayerRanking, count: int) -> tuple[int, ...]:
     """The `count` layers to drop by trial, counted from 1.
 
-    `lm_loss`, `logit_distance` and `accuracy` take the layers whose absence alone costs least,
-    `window` and `window_accuracy` the run of neighbours with the lowest loss or the highest
-    accuracy, `greedy` what the greedy search took first.
+    `lm_loss`, `logit_distance` and `accuracy` take the layers whose absence alone costs least, the
+    windows the run of neighbours that does, `greedy` what the greedy search took first.
 
     Raises:
         MinitronError: this was not tried.
     """
-    if ranking in ("accuracy", "window_accuracy") and depth.accuracy is None:
-        raise MinitronError(
-            f"prune.layer_ranking={ranking} needs trials on tasks, which these scores do not hold; "
-            "run launch/importance.py with --tasks.names"
-        )
-    if ranking in ("lm_loss", "logit_distance", "accuracy") and depth.layers:
-        # Of equals the later layer goes.
-        order = sorted(
-            depth.layers, key=lambda trial: (*trial.cost(ranking), -trial.drop_layers[0])
-        )
-        return tuple(sorted(trial.drop_layers[0] for trial in order[:count]))
-    windows = [trial for trial in depth.windows if len(trial.drop_layers) == count]
-    if ranking in ("window", "window_accuracy") and windows:
-        criterion: DepthCriterion = "lm_loss" if ranking == "window" else "accuracy"
-        return tuple(min(windows, key=lambda trial: trial.cost(criterion)).drop_layers)
-    if ranking == "greedy" and len(depth.greedy) >= count:
-        return tuple(sorted(depth.greedy[count - 1].drop_layers))
-    option = {"greedy": f"greedy {count}"}.get(ranking, "layers")
-    if ranking in ("window", "window_accuracy"):
-        option = f"windows {count}"
+    if ranking == "greedy":
+        option, trials = f"greedy {count}", depth.greedy[count - 1 : count]
+    else:
+        tried, criterion = _TRIALS[ranking]
+        if criterion == "accuracy" and depth.accuracy is None:
+            raise MinitronError(
+                f"prune.layer_ranking={ranking} needs trials on tasks, which these scores do not "
+                "hold; run launch/importance.py with --tasks.names"
+            )
+        if tried == "layers":
+            option, trials = "layers", by_cost(depth.layers, criterion)[:count]
+        else:
+            windows = depth.windows_by_length().get(count, [])
+            option, trials = f"windows {count}", by_cost(windows, criterion)[:1]
+    if trials:
+        return tuple(sorted(layer for trial in trials for layer in trial.drop_layers))
     raise MinitronError(
         f"prune.layer_ranking={ranking} needs trials that these scores do not hold; run "
         f"launch/importance.py with --depth.{option}"
     )
-
-
-def depth_table(block_influence: Tensor, depth: DepthScores | None) -> str:
-    """Every metric of every layer; then the best windows, and the steps of the greedy search."""
-    headers = ["layer", "block influence"]
-    rows: list[list[object]] = [[i, x] for i, x in enumerate(block_influence.tolist(), start=1)]
-    if depth is None:
-        return metrics.format_table(headers, rows)
-    if depth.layers:
-        headers += ["lm loss without it", "increase", "logit distance"]
-        headers += ["accuracy"] * (depth.accuracy is not None)
-        for row, trial in zip(rows, depth.layers, strict=True):
-            row += _measures(depth, trial)
-    tables = [metrics.format_table(headers, rows)]
-    lengths = sorted({len(trial.drop_layers) for trial in depth.windows})
-
-    def best(criterion: DepthCriterion) -> list[Ablation]:
-        runs = [[t for t in depth.windows if len(t.drop_layers) == n] for n in lengths]
-        return [min(trials, key=lambda trial: trial.cost(criterion)) for trials in runs]
-
-    groups = [("best window", best("lm_loss")), ("greedy", depth.greedy)]
-    if depth.accuracy is not None:
-        groups.insert(1, ("best window by accuracy", best("accuracy")))
-    for title, trials in groups:
-        if trials:
-            found = [[_range(t.drop_layers), *_measures(depth, t)] for t in trials]
-            columns = [title, "lm loss", "increase", "logit distance"]
-            columns += ["accuracy"] * (depth.accuracy is not None)
-            tables.append(metrics.format_table(columns, found))
-    return "\n\n".join(tables)
-
-
-def _measures(depth: DepthScores, trial: Ablation) -> list[object]:
-    """What a table shows of a trial."""
-    accuracy = [] if trial.accuracy is None else [trial.accuracy]
-    return [trial.lm_loss, trial.lm_loss - depth.lm_loss, trial.logit_distance, *accuracy]
-
-
-def _range(layers: Sequence[int]) -> str:
-    """Layers as a user reads them: 16-31, or in the order in which they went."""
-    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers))
 
 
 def save_depth(directory: Path, depth: DepthScores) -> None:
@@ -202,6 +181,7 @@ def load_depth(scores_path: Path) -> DepthScores:
             layers=[Ablation(**trial) for trial in values["layers"]],
             windows=[Ablation(**trial) for trial in values["windows"]],
             greedy=[Ablation(**trial) for trial in values["greedy"]],
+            criterion=values.get("criterion"),
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise MinitronError(

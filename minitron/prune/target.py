@@ -39,7 +39,8 @@ class PruneConfig:
     layer_ranking: LayerRanking = "block_influence"
     """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss),
     the logits (logit_distance) or the accuracy on tasks (accuracy); the run of neighbours that is
-    best for the loss (window) or the accuracy (window_accuracy); or a greedy search. All but the
+    best for the loss (window), the logits (window_logit_distance) or the accuracy
+    (window_accuracy); or a greedy search (greedy) for what its depth.criterion named. All but the
     first need trials beside the scores: the depth section of launch/importance.py."""
     method: Method = "activation"
     """What ranks: activations on calibration data, or for comparison the magnitude of weights,

@@ -36,17 +36,21 @@ def test_scores_and_trials_of_a_pipeline_choose_layers(tmp_path, arguments):
         assert [line.split()[i] for i in (0, 2, 4)] == cells
     assert ET.parse(out / "depth.svg").getroot().tag.endswith("svg")
     manifest = artifact.read_manifest(out)
-    assert manifest["files"].keys() >= {"scores.safetensors", "depth.json", "depth.svg"}
+    assert manifest["files"].keys() >= {"scores.safetensors", "depth.json", "depth.md", "depth.svg"}
     calibration = manifest["metrics"]["calibration"]
     assert calibration["samples"] == 3
     data = tmp_path / "tokens.bin"
     assert calibration["data"] == {str(data): artifact.fingerprint(data)}
     assert load_file(out / "scores.safetensors")["ffn"].shape == (3, 3, 4, 48)
 
+    assert "greedy by lm_loss" in result.out
+    assert "window of 2" in (out / "depth.md").read_text()
+
     best = min(depth.windows, key=lambda trial: trial.lm_loss).drop_layers
     sizes = ("--prune.num_layers", 2, "--prune.layer_ranking", "window")
     source = ("--model", tmp_path / "model", "--scores", out)
-    launch("prune", *source, *sizes, "--out", tmp_path / "pruned", cwd=tmp_path)
+    result = launch("prune", *source, *sizes, "--out", tmp_path / "pruned", cwd=tmp_path)
+    assert "layers are chosen by window, on 3 samples" in result.out + result.err
     record = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     assert record["layers"] == [layer for layer in range(4) if layer + 1 not in best]
 

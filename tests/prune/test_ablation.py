@@ -1,25 +1,22 @@
 """Layers left out of a loaded model, against transformers' model with those layers really gone."""
 
 import copy
+import dataclasses
+import json
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from minitron import metrics
 from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
+from minitron.model import schedule
+from minitron.prune import ablation
 from minitron.prune.ablation import AblationConfig, measure_depth
-from minitron.prune.depth import (
-    Ablation,
-    DepthScores,
-    depth_table,
-    load_depth,
-    ranked_layers,
-    save_depth,
-)
-from minitron.prune.depth_plot import plot_depth
+from minitron.prune.depth import Ablation, DepthScores, load_depth, ranked_layers, save_depth
 from minitron.prune.importance import ImportanceConfig, open_calibration
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
@@ -99,6 +96,8 @@ def test_greedy_search_takes_the_cheapest_layer_each_time(model, tokens, criteri
     directory, reference = model
     config = AblationConfig(greedy=3, samples=NUM_SAMPLES, criterion=criterion)
     (depth,) = run_on("tp1", _measure, directory, tokens, config)
+    assert depth.criterion == criterion
+    assert [trial.drop_layers for trial in depth.layers] == [[1], [2], [3], [4]]
     gone = []
     for step in depth.greedy:
         costs = {
@@ -161,23 +160,58 @@ def test_accuracy_ranks_layers_windows_and_the_greedy_search(model, tokens, tmp_
     assert load_depth(tmp_path) == depth
     assert ranked_layers(depth, "accuracy", 2) == (2, 3)
     assert ranked_layers(depth, "window_accuracy", 2) == (3, 4)
-    table = depth_table(torch.zeros(4), depth)
-    assert table.splitlines()[0].endswith("logit distance  accuracy")
-    assert "best window by accuracy" in table
-    plot_depth(tmp_path, torch.zeros(4), depth)
-    assert (tmp_path / "depth.svg").exists()
     (plain,) = run_on("tp1", _measure, model[0], tokens, AblationConfig(layers=True))
     with pytest.raises(MinitronError, match=r"layer_ranking=accuracy needs .*--tasks.names"):
         ranked_layers(plain, "accuracy", 2)
 
 
-def test_equally_accurate_trials_are_ranked_by_their_loss():
+def test_equally_accurate_trials_are_ranked_by_their_loss_and_then_the_later_goes():
     trials = [
         Ablation(drop_layers=[i], lm_loss=x, logit_distance=0.0, accuracy=0.5)
-        for i, x in enumerate((3.0, 2.0, 4.0), start=1)
+        for i, x in enumerate((3.0, 2.0, 4.0, 2.0), start=1)
     ]
-    depth = DepthScores(samples=1, lm_loss=1.0, accuracy=0.6, layers=trials, windows=[], greedy=[])
-    assert ranked_layers(depth, "accuracy", 1) == (2,)
+    windows = [dataclasses.replace(trials[i], drop_layers=[i + 1, i + 2]) for i in (0, 2)]
+    depth = DepthScores(
+        samples=1, lm_loss=1.0, accuracy=0.6, layers=trials, windows=windows, greedy=[]
+    )
+    assert ranked_layers(depth, "accuracy", 1) == (4,)
+    assert ranked_layers(depth, "accuracy", 3) == (1, 2, 4)
+    assert ranked_layers(depth, "window_logit_distance", 2) == (3, 4)
+    assert ranked_layers(depth, "window_accuracy", 2) == (1, 2)
+
+
+def _count_passes(parallel, directory, prefix, config):
+    """How many passes were announced, and how many samples went through the model."""
+    announced, done = [], []
+
+    def progress(*args, total=None, **options):
+        announced.append(total)
+        return metrics.progress(*args, total=total, **options)
+
+    def run_schedule(model, group, *args, **options):
+        done.append(len(group))
+        return schedule.run_schedule(model, group, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "progress", progress)
+        patch.setattr(ablation, "run_schedule", run_schedule)
+        _measure(parallel, directory, prefix, config)
+    return announced, sum(done)
+
+
+@pytest.mark.parametrize(
+    ("keys", "passes"),
+    [
+        ({"layers": True}, 1 + 4),
+        ({"windows": [3, 2, 2]}, 1 + 2 + 3),
+        ({"greedy": 1}, 1 + 4),  # the first layer is one of the trials of each
+        ({"layers": True, "windows": [2], "greedy": 3}, 1 + 4 + 3 + (1 + 3) + (1 + 2)),
+    ],
+)
+def test_no_pass_is_made_twice_and_all_are_announced(model, tokens, keys, passes):
+    ((announced, done),) = run_on("tp1", _count_passes, model[0], tokens, AblationConfig(**keys))
+    assert announced == [passes * 4]  # micro-batches of two of seven samples
+    assert done == passes * 4
 
 
 def test_layers_to_drop_by_trial(model, tokens, tmp_path):
@@ -185,20 +219,31 @@ def test_layers_to_drop_by_trial(model, tokens, tmp_path):
     (depth,) = run_on("tp1", _measure, model[0], tokens, config)
     save_depth(tmp_path, depth)
     assert load_depth(tmp_path) == load_depth(tmp_path / "scores.safetensors") == depth
+    assert depth.criterion == "lm_loss"
     for name in ("lm_loss", "logit_distance"):
         order = sorted(depth.layers, key=lambda trial: getattr(trial, name))
         expected = sorted(trial.drop_layers[0] for trial in order[:2])
         assert list(ranked_layers(depth, name, 2)) == expected
-    losses = {tuple(trial.drop_layers): trial.lm_loss for trial in depth.windows}
-    assert ranked_layers(depth, "window", 2) == min(losses, key=losses.get)
+    for name, measure in (("window", "lm_loss"), ("window_logit_distance", "logit_distance")):
+        costs = {tuple(trial.drop_layers): getattr(trial, measure) for trial in depth.windows}
+        assert ranked_layers(depth, name, 2) == min(costs, key=costs.get)
     assert list(ranked_layers(depth, "greedy", 2)) == sorted(depth.greedy[1].drop_layers)
-    for ranking, option in (("window", "windows 3"), ("greedy", "greedy 3")):
+    missing = {"window": "windows 3", "window_logit_distance": "windows 3", "greedy": "greedy 3"}
+    for ranking, option in missing.items():
         with pytest.raises(MinitronError, match=f"layer_ranking={ranking} .*--depth.{option}$"):
             ranked_layers(depth, ranking, 3)
-    table = depth_table(torch.tensor([0.1, 0.2, 0.3, 0.4]), depth)
-    assert f"{depth.layers[2].logit_distance:.4f}" in table
-    assert "best window" in table
-    assert "greedy" in table
+
+
+def test_an_old_file_does_not_say_what_its_greedy_search_minded(tmp_path):
+    taken = Ablation(drop_layers=[2], lm_loss=2.0, logit_distance=0.1)
+    depth = DepthScores(samples=1, lm_loss=1.0, layers=[], windows=[], greedy=[taken])
+    save_depth(tmp_path, dataclasses.replace(depth, criterion="accuracy"))
+    assert load_depth(tmp_path).greedy_name == "greedy by accuracy"
+    values = json.loads((tmp_path / "depth.json").read_text())
+    assert values.pop("criterion") == "accuracy"
+    (tmp_path / "depth.json").write_text(json.dumps(values))
+    assert load_depth(tmp_path) == depth
+    assert depth.greedy_name == "greedy"
 
 
 def test_depth_file_that_is_missing_or_damaged(tmp_path):
@@ -214,6 +259,11 @@ def test_depth_file_that_is_missing_or_damaged(tmp_path):
     [
         ({"samples": 0}, "depth.samples=0 must be at least 1"),
         ({"greedy": -1}, "depth.greedy=-1 must be at least 0"),
+        (
+            {"layers": True, "criterion": "accuracy"},
+            "depth.criterion=accuracy is of the greedy search, but depth.greedy=0; add "
+            "--depth.greedy, or leave it out: other trials serve every ranking",
+        ),
         ({"greedy": 4}, "depth.greedy=4 leaves none of the model's 4 layers; choose at most 3"),
         ({"windows": [2, 4]}, "depth.windows=4, but the model has 4 layers; choose 1 to 3"),
     ],
