@@ -109,6 +109,7 @@ def _serve(inbox: Any, outbox: Any) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         try:
             function, args = pickle.loads(job)
+            gc.freeze()  # the modules that this imported, through which no collection need look
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
             )

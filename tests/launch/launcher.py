@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -139,6 +140,7 @@ class ForkServer:
 def _serve() -> None:
     for stage in STAGES:
         runpy.run_path(str(LAUNCH / f"{stage}.py"))  # for what it imports
+    gc.freeze()  # forks share it, and no collection of theirs looks through it
     for line in sys.stdin:
         print(json.dumps(_run(**json.loads(line))), flush=True)
 
