@@ -293,7 +293,14 @@ class _Pooled:
         self._plan = plan
 
     def read(self, name: str, *index: slice) -> Tensor:
-        """The averaged projection, or the part of it that `index` selects."""
-        whole = self._weights.read(name)
-        heads = whole.unflatten(0, (-1, self._plan.pooled, self._plan.kv_channels))
-        return heads.float().mean(1).flatten(0, 1).to(whole.dtype)[index or slice(None)]
+        """The averaged projection, or the part of it that `index` selects; only that is read."""
+        rows = index[0] if index else slice(None)
+        size, pooled = self._plan.kv_channels, self._plan.pooled
+        start, stop = rows.start or 0, rows.stop
+        first = start // size  # head
+        last = None if stop is None else -(-stop // size) * pooled * size
+        members = self._weights.read(name, slice(first * pooled * size, last), *index[1:])
+        heads = members.unflatten(0, (-1, pooled, size)).float().mean(1).flatten(0, 1)
+        begin = start - first * size
+        end = None if stop is None else begin + stop - start
+        return heads.to(members.dtype)[begin:end]

@@ -163,3 +163,16 @@ def test_a_range_with_a_repeated_position_is_selected():
     weights = Tensors(k=torch.arange(6.0)[:, None])
     sliced = slice_tensor(weights, "k", ("kv", "hidden"), plan, 0)
     assert sliced.flatten().tolist() == [0, 1, 0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("rows", itertools.combinations(range(7), 2))
+def test_of_averaged_heads_only_the_members_are_read(rows):
+    """Heads of dimension 2, averaged in pairs; any range of the result's six rows."""
+    weights = Tensors(k=torch.arange(24.0).view(12, 2).square())
+    plan = WidthPlan(hidden=torch.tensor([1]), pooled=2, kv_channels=2)
+    part = slice(*rows)
+    sliced = slice_tensor(weights, "k", ("kv", "hidden"), plan, 0, part)
+    averaged = weights["k"].view(3, 2, 2, 2).mean(1).view(6, 2)
+    assert torch.equal(sliced, averaged[part, 1:])
+    first, last = rows[0] // 2, (rows[1] - 1) // 2  # averaged heads
+    assert weights.index == (slice(4 * first, 4 * last + 4), slice(1, 2))
