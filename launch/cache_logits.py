@@ -6,24 +6,10 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron import artifact, config, platform
-from minitron.data.batches import DataConfig, prepare_data
-from minitron.data.tokenizer import find_tokenizer
-from minitron.distill.gates import check_teacher, check_weights
-from minitron.distill.offline.cache import (
-    CacheConfig,
-    check_continues,
-    close_store,
-    describe,
-    open_store,
-    write_missing_shards,
-)
-from minitron.distill.offline.samples import choose_samples, first_batch
-from minitron.model.llama import build_llama, freeze
-from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
-from minitron.platform import Precision
-from minitron.stage import run
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import CacheConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +49,28 @@ class Recipe:
     """Write what is missing in `out`; starts anew if there is nothing."""
 
 
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+
+from minitron import artifact, config, platform
+from minitron.data.batches import prepare_data
+from minitron.data.tokenizer import find_tokenizer
+from minitron.distill.gates import check_teacher, check_weights
+from minitron.distill.offline.cache import (
+    check_continues,
+    check_vocabulary,
+    close_store,
+    describe,
+    open_store,
+    write_missing_shards,
+)
+from minitron.distill.offline.samples import choose_samples, first_batch
+from minitron.model.llama import build_llama, freeze
+from minitron.model.sharding import open_model
+from minitron.parallel import initialize, on_rank_zero
+
+
 def main(recipe: Recipe) -> None:
     """Build the teacher, run it over the samples that are missing, write the manifest."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
@@ -73,7 +81,7 @@ def main(recipe: Recipe) -> None:
         )
     )
     arch, weights = open_model(teacher)
-    recipe.cache.check_vocabulary(arch.vocab_size)
+    check_vocabulary(recipe.cache, arch.vocab_size)
     recipe.parallel.check_seq_length(recipe.data.seq_length)
     arch.check_seq_length(recipe.data.seq_length)
     tokenizer = find_tokenizer(teacher)
@@ -127,4 +135,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

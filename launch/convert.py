@@ -6,23 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron import artifact, config, platform
 from minitron.errors import MinitronError
-from minitron.model import hf
-from minitron.model.arch import Architecture
-from minitron.model.llama import build_llama
-from minitron.model.sharding import open_model, save_model
-from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero, publish
-from minitron.platform import Precision
-from minitron.stage import run
-from minitron.train.checkpoint import (
-    ModelFiles,
-    Position,
-    checkpoint_path,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +29,9 @@ class CheckpointSource:
     that holds some, of which the newest is taken."""
 
     def directory(self) -> Path | None:
-        """The iter_* directory itself.
-
-        Raises:
-            MinitronError: the path does not exist.
-        """
+        """The iter_* directory itself."""
         if self.path is None:
             return None
-        if not self.path.exists():
-            raise MinitronError(f"--checkpoint {self.path} does not exist; correct the path")
         steps = list_checkpoints(self.path)
         return checkpoint_path(self.path, steps[-1]) if steps else self.path
 
@@ -77,6 +57,26 @@ class Recipe:
     """Has no effect. Every stage accepts it."""
     overwrite: bool = False
     """Replace `out` if minitron wrote it."""
+
+
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+
+from minitron import artifact, config, platform
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.model.llama import build_llama
+from minitron.model.sharding import open_model, save_model
+from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
+from minitron.train.checkpoint import (
+    ModelFiles,
+    Position,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def main(recipe: Recipe) -> None:
@@ -137,4 +137,4 @@ def _check_same_model(path: Path, arch: Architecture, checkpoint: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

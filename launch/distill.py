@@ -6,21 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron import artifact, platform
-from minitron.data.batches import DataConfig
-from minitron.distill.gates import check_weights
-from minitron.distill.losses import DistillConfig
-from minitron.distill.teacher import TeacherConfig
-from minitron.distill.teacher_side import open_teacher
-from minitron.model.llama import build_chunks, check_parallel, padded_vocab_size
-from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
-from minitron.platform import Precision
-from minitron.stage import run
-from minitron.train.checkpoint import ModelFiles
-from minitron.train.config import TrainConfig
-from minitron.train.loop import Trainer
-from minitron.train.run import fingerprints, finish_run, has_more_to_do, open_batches, open_run
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.train import TrainConfig
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +58,21 @@ class Recipe:
     until_step: int | None = None
     """Stop after this step with the model so far in `out`, for `resume` to go on; the learning rate
     is still that of a run to train.steps. null goes to the last step."""
+
+
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+
+from minitron import artifact, platform
+from minitron.distill.gates import check_weights
+from minitron.distill.teacher_side import open_teacher
+from minitron.model.llama import build_chunks, check_parallel, padded_vocab_size
+from minitron.model.sharding import open_model
+from minitron.parallel import initialize, on_rank_zero
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.loop import Trainer
+from minitron.train.run import fingerprints, finish_run, has_more_to_do, open_batches, open_run
 
 
 def main(recipe: Recipe) -> None:
@@ -129,4 +134,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

@@ -7,19 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron import artifact, config, platform
-from minitron.data.batches import DataConfig, EvalBatches, open_windows, prepare_data
-from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.errors import MinitronError
-from minitron.eval.perplexity import evaluate
-from minitron.eval.tasks import TaskConfig, Tasks, task_table
-from minitron.model.arch import Architecture
-from minitron.model.llama import LlamaModel, build_llama, freeze
-from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, Topology, initialize, is_rank_zero, on_rank_zero
-from minitron.platform import Precision
-from minitron.stage import run
-from minitron.train.objective import LanguageModeling
+from minitron.sections.data import DataConfig
+from minitron.sections.eval import TaskConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.stage import parse, run
 
 EVAL_FILE = "eval.json"
 TASKS_FILE = "tasks.json"
@@ -74,6 +66,22 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.data is None and not self.tasks.names:
             raise MinitronError("there is nothing to measure; give --data.path or --tasks.names")
+
+
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+
+from minitron import artifact, config, platform
+from minitron.data.batches import EvalBatches, open_windows, prepare_data
+from minitron.data.tokenizer import Tokenizer, find_tokenizer
+from minitron.eval.perplexity import evaluate
+from minitron.eval.tasks import Tasks, task_table
+from minitron.model.arch import Architecture
+from minitron.model.llama import LlamaModel, build_llama, freeze
+from minitron.model.sharding import open_model
+from minitron.parallel import Topology, initialize, is_rank_zero, on_rank_zero
+from minitron.train.objective import LanguageModeling
 
 
 def main(recipe: Recipe) -> None:
@@ -164,4 +172,4 @@ def _loss(model: LlamaModel, batches: EvalBatches) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

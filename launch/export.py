@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron import artifact, config, platform
 from minitron.errors import MinitronError
-from minitron.model import hf
-from minitron.model.llama import build_llama
-from minitron.model.sharding import save_model
-from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero, publish
-from minitron.platform import Precision
-from minitron.stage import run
-from minitron.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
-from minitron.train.loop import CHECKPOINTS
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +63,18 @@ class Recipe:
     """Replace `out` if minitron wrote it."""
 
 
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron import artifact, config, platform
+from minitron.model import hf
+from minitron.model.llama import build_llama
+from minitron.model.sharding import save_model
+from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
+from minitron.train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from minitron.train.loop import CHECKPOINTS
+
+
 def main(recipe: Recipe) -> None:
     """Load on all ranks, write from all ranks."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
@@ -97,4 +102,4 @@ def main(recipe: Recipe) -> None:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

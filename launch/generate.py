@@ -8,27 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
-
-from minitron import artifact, config, platform
-from minitron.data.responses import (
-    RESPONSES,
-    PromptConfig,
-    append_responses,
-    count_answered,
-    read_prompts,
-    write_responses,
-)
-from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.errors import MinitronError
-from minitron.metrics import log, progress
-from minitron.model.generation import Prompt, SamplingConfig, generate
-from minitron.model.llama import LlamaModel, build_llama, check_parallel, freeze
-from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero
-from minitron.platform import Precision
-from minitron.stage import run
-from minitron.train.run import fingerprints, has_more_to_do, open_run
+from minitron.sections.data import PromptConfig
+from minitron.sections.generate import SamplingConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +65,28 @@ class Recipe:
     """Replace `out` if minitron wrote it."""
     resume: bool = False
     """Continue where `out` ends; starts anew if there is nothing."""
+
+
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+import torch.distributed as dist
+
+from minitron import artifact, config, platform
+from minitron.data.responses import (
+    RESPONSES,
+    append_responses,
+    count_answered,
+    read_prompts,
+    write_responses,
+)
+from minitron.data.tokenizer import Tokenizer, find_tokenizer
+from minitron.metrics import log, progress
+from minitron.model.generation import Prompt, generate
+from minitron.model.llama import LlamaModel, build_llama, check_parallel, freeze
+from minitron.model.sharding import open_model
+from minitron.parallel import initialize, is_rank_zero, on_rank_zero
+from minitron.train.run import fingerprints, has_more_to_do, open_run
 
 
 def main(recipe: Recipe) -> None:
@@ -166,4 +172,4 @@ def _answer(
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

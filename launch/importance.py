@@ -7,22 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron import artifact, config
-from minitron.data.batches import DataConfig
-from minitron.data.tokenizer import find_tokenizer
 from minitron.errors import MinitronError
-from minitron.eval.tasks import TaskConfig, Tasks, mean_metric
-from minitron.model import hf
-from minitron.model.llama import LlamaModel
-from minitron.parallel import ParallelConfig, on_rank_zero
-from minitron.platform import Precision
-from minitron.prune.ablation import AblationConfig, measure_depth
-from minitron.prune.depth import save_depth
-from minitron.prune.depth_plot import plot_depth
-from minitron.prune.depth_table import depth_table, save_depth_table
-from minitron.prune.importance import ImportanceConfig, collect_importance, open_calibration
-from minitron.prune.scores import check_scores, save_scores
-from minitron.stage import run
+from minitron.sections.data import DataConfig
+from minitron.sections.eval import TaskConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.prune import AblationConfig, ImportanceConfig
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +59,23 @@ class Recipe:
             )
         if self.depth.criterion == "accuracy" and not self.tasks.names:
             raise MinitronError("depth.criterion=accuracy needs tasks; give --tasks.names")
+
+
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron import artifact, config
+from minitron.data.tokenizer import find_tokenizer
+from minitron.eval.tasks import Tasks, mean_metric
+from minitron.model import hf
+from minitron.model.llama import LlamaModel
+from minitron.parallel import on_rank_zero
+from minitron.prune.ablation import measure_depth
+from minitron.prune.depth import save_depth
+from minitron.prune.depth_plot import plot_depth
+from minitron.prune.depth_table import depth_table, save_depth_table
+from minitron.prune.importance import collect_importance, open_calibration
+from minitron.prune.scores import check_scores, save_scores
 
 
 def main(recipe: Recipe) -> None:
@@ -132,4 +139,4 @@ def _accuracy(recipe: Recipe, model: LlamaModel) -> Callable[[], float] | None:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

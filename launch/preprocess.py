@@ -6,14 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minitron import artifact, config
-from minitron.data.indexed import as_prefix
-from minitron.data.preprocess import SourceConfig, check_free, preprocess
-from minitron.data.text import find_files, read_raw
-from minitron.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from minitron.errors import MinitronError
-from minitron.metrics import launch_rank, log
-from minitron.stage import run
+from minitron.sections.data import SourceConfig
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +54,17 @@ class Recipe:
     """Has no effect: tokens are integers. Every stage accepts it."""
 
 
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron import artifact, config
+from minitron.data.indexed import as_prefix
+from minitron.data.preprocess import check_free, preprocess
+from minitron.data.text import find_files, read_raw
+from minitron.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from minitron.metrics import launch_rank, log
+
+
 def main(recipe: Recipe) -> None:
     """Tokenise, after training the tokenizer if that is asked for."""
     if launch_rank() != 0:
@@ -97,4 +103,4 @@ def _tokenizer(recipe: Recipe, paths: list[Path], prefix: Path) -> Tokenizer:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

@@ -8,40 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron import artifact, config
-from minitron.data.batches import DataConfig
-from minitron.errors import MinitronError
-from minitron.metrics import log
-from minitron.model import hf
-from minitron.model.arch import Architecture
-from minitron.parallel import (
-    ParallelConfig,
-    initialize,
-    is_rank_zero,
-    on_rank_zero,
-    publish,
-)
-from minitron.platform import Precision
-from minitron.prune.baselines import baseline_scores
-from minitron.prune.check import (
-    CheckConfig,
-    calibration_data,
-    check_finite,
-    compare_losses,
-    losses_table,
-)
-from minitron.prune.depth import load_depth, ranked_layers
-from minitron.prune.importance import ImportanceConfig, measure_importance
-from minitron.prune.pruning import (
-    PruningPlan,
-    comparison,
-    needs_scores,
-    plan_pruning,
-    prune_model,
-)
-from minitron.prune.scores import ImportanceScores, check_origin, load_scores
-from minitron.prune.target import PruneConfig
-from minitron.stage import run
+from minitron.sections.data import DataConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.prune import CheckConfig, ImportanceConfig, PruneConfig
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +67,28 @@ class Recipe:
     """Of prune.method=random and of the check's random student or tokens."""
 
 
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron import artifact, config
+from minitron.errors import MinitronError
+from minitron.metrics import log
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
+from minitron.prune.baselines import baseline_scores
+from minitron.prune.check import calibration_data, check_finite, compare_losses, losses_table
+from minitron.prune.depth import load_depth, ranked_layers
+from minitron.prune.importance import measure_importance
+from minitron.prune.pruning import PruningPlan, comparison, needs_scores, plan_pruning, prune_model
+from minitron.prune.scores import ImportanceScores, check_origin, load_scores
+from minitron.prune.target import arithmetic, target_shape
+
+
 def main(recipe: Recipe) -> None:
     """Rank, slice, and write the smaller model."""
     source = hf.read_architecture(recipe.model.path)
-    target = recipe.prune.target(source)
+    target = target_shape(recipe.prune, source)
     if "RANK" in os.environ:
         initialize(recipe.parallel)  # the ranks share the tensors
     drop_layers = _drop_layers(recipe, source, target)
@@ -198,7 +186,7 @@ def _write(
 
     plan = plan_by(scores, drop_layers)
     if is_rank_zero():
-        lines = [*prune.arithmetic(source), comparison(source, target)]
+        lines = [*arithmetic(prune, source), comparison(source, target)]
         if dropped := plan.dropped_layers(source):
             layers = "layer" if len(dropped) == 1 else "layers"
             lines.append(f"dropped {layers} {', '.join(map(str, dropped))} (counted from 1)")
@@ -255,4 +243,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron.errors import MinitronError
-from minitron.metrics import launch_rank
-from minitron.report.page import write_report
-from minitron.stage import run
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +27,6 @@ class Recipe:
             )
 
 
-def main(recipe: Recipe) -> None:
-    """Write the page and print its table."""
-    if launch_rank():
-        return  # under torchrun one rank is enough
-    table = write_report(recipe.runs, recipe.out)
-    print(f"{table.text()}\n\nwrote {recipe.out} and {recipe.out.with_suffix('.md')}")
-
-
 def with_named_runs(arguments: Sequence[str]) -> list[str]:
     """Put `--runs` before every argument that is neither a key nor a key's value."""
     named: list[str] = []
@@ -52,4 +42,19 @@ def with_named_runs(arguments: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = with_named_runs(sys.argv[1:])
-    run(Recipe, main)
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron.metrics import launch_rank
+from minitron.report.page import write_report
+
+
+def main(recipe: Recipe) -> None:
+    """Write the page and print its table."""
+    if launch_rank():
+        return  # under torchrun one rank is enough
+    table = write_report(recipe.runs, recipe.out)
+    print(f"{table.text()}\n\nwrote {recipe.out} and {recipe.out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    run(main, recipe)

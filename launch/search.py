@@ -8,31 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron import artifact, config, platform
-from minitron.data.batches import DataConfig
-from minitron.data.tokenizer import find_tokenizer
-from minitron.distill.gates import check_trained, check_weights
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher, TeacherConfig
 from minitron.errors import MinitronError
-from minitron.metrics import log, progress
-from minitron.model import hf
-from minitron.model.arch import Architecture
-from minitron.model.llama import build_llama
-from minitron.model.sharding import open_model
-from minitron.parallel import ParallelConfig, initialize, is_rank_zero, on_rank_zero, publish
-from minitron.platform import Precision
-from minitron.prune.scores import ImportanceScores, check_origin, check_scores, load_scores
-from minitron.search.cost import DeploymentConfig, LatencyMeter, memory_gb
-from minitron.search.plot import plot_race
-from minitron.search.race import RaceConfig, run_race
-from minitron.search.results import Candidate, Results, load_results
-from minitron.search.space import SIZES, BudgetConfig, GridConfig, find_shapes
-from minitron.search.trials import Trials, check_candidate
-from minitron.stage import run
-from minitron.train.checkpoint import ModelFiles
-from minitron.train.config import TrainConfig
-from minitron.train.run import fingerprints, has_more_to_do, open_batches, open_run
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import DistillConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.search import BudgetConfig, DeploymentConfig, GridConfig, RaceConfig
+from minitron.sections.train import TrainConfig
+from minitron.stage import parse, run
 
 BEST_DIR = "best"
 
@@ -122,6 +104,33 @@ class Recipe:
             )
 
 
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron import artifact, config, platform
+from minitron.data.tokenizer import find_tokenizer
+from minitron.distill.gates import check_trained, check_weights
+from minitron.distill.losses import LogitDistillation
+from minitron.distill.teacher import Teacher, teacher_topology
+from minitron.metrics import log, progress
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.model.llama import build_llama
+from minitron.model.sharding import open_model
+from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
+from minitron.prune.scores import ImportanceScores, check_origin, check_scores, load_scores
+from minitron.search.cost import LatencyMeter, memory_gb
+from minitron.search.plot import plot_race
+from minitron.search.race import run_race
+from minitron.search.results import Candidate, Results, load_results
+from minitron.search.space import find_shapes
+from minitron.search.trials import Trials, check_candidate
+from minitron.sections.distill import TeacherConfig
+from minitron.sections.search import SIZES
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.run import fingerprints, has_more_to_do, open_batches, open_run
+
+
 def main(recipe: Recipe) -> None:
     """Count, prune, race, and write the winner."""
     source = hf.read_architecture(recipe.model.path)
@@ -165,8 +174,8 @@ def main(recipe: Recipe) -> None:
         source, weights, scores, topology, batches, validation, recipe.train, files, recipe.out
     )
     teaching = TeacherConfig(path=recipe.model.path)
-    teacher_topology = teaching.topology(topology, source.num_layers)
-    teacher = Teacher(build_llama(source, teacher_topology, weights, dtype=dtype), teaching)
+    stages = teacher_topology(teaching, topology, source.num_layers)
+    teacher = Teacher(build_llama(source, stages, weights, dtype=dtype), teaching)
     check_weights(teacher.model, recipe.model.path)
 
     def save() -> None:
@@ -314,4 +323,4 @@ def _advice(recipe: Recipe, source: Architecture, best: Candidate) -> str:
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

@@ -5,24 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minitron import artifact, platform
-from minitron.data.batches import DataConfig
-from minitron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from minitron.errors import MinitronError
-from minitron.model import hf
-from minitron.model.arch import Architecture
-from minitron.model.initial import InitialWeights
-from minitron.model.llama import build_chunks, check_parallel
-from minitron.model.sharding import open_model
-from minitron.model.weights import WeightSource
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
-from minitron.platform import Precision
-from minitron.stage import run
-from minitron.train.checkpoint import ModelFiles
-from minitron.train.config import TrainConfig
-from minitron.train.loop import Trainer
-from minitron.train.objective import LanguageModeling
-from minitron.train.run import fingerprints, finish_run, has_more_to_do, open_batches, open_run
+from minitron.sections.data import DataConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.train import TrainConfig
+from minitron.stage import parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +118,24 @@ class Recipe:
     is still that of a run to train.steps. null goes to the last step."""
 
 
+if __name__ == "__main__":
+    recipe = parse(Recipe)  # before what takes seconds to import
+
+from minitron import artifact, platform
+from minitron.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from minitron.model import hf
+from minitron.model.arch import Architecture
+from minitron.model.initial import InitialWeights
+from minitron.model.llama import build_chunks, check_parallel
+from minitron.model.sharding import open_model
+from minitron.model.weights import WeightSource
+from minitron.parallel import initialize, on_rank_zero
+from minitron.train.checkpoint import ModelFiles
+from minitron.train.loop import Trainer
+from minitron.train.objective import LanguageModeling
+from minitron.train.run import fingerprints, finish_run, has_more_to_do, open_batches, open_run
+
+
 def main(recipe: Recipe) -> None:
     """Build the model, train it, write it."""
     topology = initialize(recipe.parallel, seed=recipe.seed)
@@ -195,4 +200,4 @@ def _model(recipe: Recipe, tokenizer: Tokenizer | None) -> tuple[Architecture, W
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, recipe)

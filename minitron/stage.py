@@ -56,19 +56,45 @@ _CHATTY = (
 _FAILURE_KEY = "minitron/failure"
 
 
-def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
-    """Parse the command line into a recipe and call `main` with it.
+def parse(recipe_class: type[Recipe]) -> Recipe:
+    """Read the recipe off the command line; a mistake there ends the process, as in `run`.
+
+    A launch script calls this before it imports torch and megatron-core, so that `--help` and
+    mistakes do not wait for them.
+    """
+    from minitron import config  # needs packages that the rest of this file, and its users, do not
+
+    configure_logging()
+    with _ending_the_process():
+        recipe = config.parse(recipe_class)
+        config.check_paths(recipe)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports without a traceback
+    return recipe
+
+
+def run(main: Callable[[Recipe], None], recipe: Recipe) -> None:
+    """Call `main` with the recipe.
 
     Returns after success. A failure ends the process: with status 2 and one line `error: ...` for a
     `MinitronError`, 130 for an interrupt, 1 and a traceback for anything else; never by waiting for
     other ranks. So does a signal that has stopped a run, with status 75.
     """
-    from minitron import config  # needs packages that the rest of this file, and its users, do not
-
-    configure_logging()
-    try:
-        main(config.parse(recipe_class))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with _ending_the_process():
+        main(recipe)
         sys.stdout.flush()
+    distributed = _distributed()
+    if distributed is not None:
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ending_the_process() -> Iterator[None]:
+    """End the process with what is raised within: one line, a traceback, or nothing to say."""
+    try:
+        yield
     except MinitronError as error:
         _report(f"error: {error}")
         _exit(USER_ERROR)
@@ -84,9 +110,6 @@ def run(recipe_class: type[Recipe], main: Callable[[Recipe], None]) -> None:
             _exit(BROKEN_PIPE)
         _report(_traceback())
         _exit(BUG)
-    distributed = _distributed()
-    if distributed is not None:
-        distributed.destroy_process_group()
 
 
 class StopRequest:

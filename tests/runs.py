@@ -17,24 +17,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minitron import platform
-from minitron.data.batches import (
-    Batch,
-    DataConfig,
-    EvalBatches,
-    TrainBatches,
-    open_train,
-    open_windows,
-)
-from minitron.distill.intermediate import IntermediateConfig, IntermediateDistillation
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.data.batches import Batch, EvalBatches, TrainBatches, open_train, open_windows
+from minitron.distill.intermediate import IntermediateDistillation
+from minitron.distill.losses import LogitDistillation
+from minitron.distill.teacher import Teacher, teacher_topology
 from minitron.errors import Stopped
 from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.sharding import open_model, save_model
-from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
-from minitron.platform import Precision
+from minitron.parallel import Topology, initialize, on_rank_zero
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import DistillConfig, IntermediateConfig, TeacherConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles
-from minitron.train.config import TrainConfig
 from minitron.train.loop import Trainer
 from minitron.train.objective import LanguageModeling, Objective
 from tests.harness import run_distributed
@@ -220,7 +215,7 @@ def build_teacher(
 ) -> Teacher:
     """This rank's part of a teacher, with its own layers on every stage."""
     arch, weights = open_model(config.source)
-    topology = config.topology(topology, arch.num_layers)
+    topology = teacher_topology(config, topology, arch.num_layers)
     model = build_llama(arch, topology, weights, dtype=platform.DTYPES[precision])
     return Teacher(model, config)
 

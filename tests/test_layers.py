@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "config", "platform", "parallel", "artifact", "metrics", "stage", "ops"),
+    ("errors", "config", "platform", "parallel", "artifact", "metrics", "stage", "ops", "sections"),
     ("model", "data"),
     ("train", "eval"),
     ("prune", "distill", "report"),
@@ -77,6 +78,14 @@ def test_rooms_do_not_import_each_other_in_a_circle():
         if room(path) in graph:
             graph[room(path)] |= rooms_imported(tree) - {room(path)}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if room(p) == "sections"], ids=str)
+def test_sections_import_nothing_that_takes_time(path):
+    others = rooms_imported(TREES[path]) - {"sections"}
+    packages = {name.split(".")[0] for name in imports(TREES[path])} - {"minitron"}
+    assert others <= {"errors"}
+    assert packages <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", TREES, ids=str)

@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from minitron.errors import MinitronError
-from minitron.parallel import (
-    ParallelConfig,
-    barrier,
-    initialize,
-    is_rank_zero,
-    on_rank_zero,
-    publish,
-)
+from minitron.parallel import barrier, initialize, is_rank_zero, on_rank_zero, publish
+from minitron.sections.parallel import ParallelConfig
 from tests.harness import run_distributed
 from tests.runs import run_on
 

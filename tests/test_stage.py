@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from minitron.errors import MinitronError, Stopped
 from minitron.metrics import log
-from minitron.stage import StopRequest, run
+from minitron.stage import StopRequest, parse, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def main(recipe):
 
 
 if __name__ == "__main__":
-    run(Recipe, main)
+    run(main, parse(Recipe))
     dist = sys.modules.get("torch.distributed")
     assert dist is None or not dist.is_initialized()
 '''

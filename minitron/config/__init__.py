@@ -56,6 +56,21 @@ def parse(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> Reci
     return recipe
 
 
+def check_paths(recipe: Any, prefix: str = "") -> None:
+    """Refuse a recipe that names what is not there; every path but `out` is read.
+
+    Raises:
+        MinitronError: with the first such path.
+    """
+    for field in dataclasses.fields(recipe):
+        value, name = getattr(recipe, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            check_paths(value, f"{name}.")
+        elif isinstance(value, Path) and name != "out" and not value.exists():
+            where = "" if value.is_absolute() else f" in {Path.cwd()}"
+            raise MinitronError(f"--{name} {value} does not exist{where}; correct the path")
+
+
 def to_dict(recipe: Any) -> dict[str, Any]:
     """The recipe, or a section, as plain values that JSON and YAML hold, in field order."""
     return plain(recipe)

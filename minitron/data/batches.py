@@ -7,76 +7,19 @@ nothing is iterated over, so that there is no state to lose when a run is resume
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minitron.data.indexed import TokenStream
-from minitron.data.preprocess import DEFAULT_WORKERS, check_tokenizer, tokenised_prefix
+from minitron.data.preprocess import check_tokenizer, tokenised_prefix
 from minitron.data.sampling import Blend, Sample, TokenWindows
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
-
-_WEIGHTED = re.compile(r"([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?):(.+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where text or tokens come from, and how they are cut into samples."""
-
-    path: list[str]
-    """A .txt file, a .jsonl file with a `text` field (or `prompt` and `response`, of which only the
-    response is learnt), a directory of such files, or the prefix of a
-    .bin/.idx pair. Several are read as one, or blended if each is given as WEIGHT:PATH. Text is
-    tokenised once, into $MINITRON_CACHE (default ~/.cache/minitron/data)."""
-    valid_path: list[str] = field(default_factory=list)
-    """The same for validation, without weights; empty for none."""
-    seq_length: int = 1024
-    """Tokens of a sample."""
-    valid_samples: int | None = None
-    """Most samples of a validation; null for all."""
-    workers: int = DEFAULT_WORKERS
-    """Most processes that tokenise text; fewer where there are fewer cores or little text."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise MinitronError("data.path is empty; give at least one file, directory or prefix")
-        weights = [weight for weight, _ in map(_split_weight, self.path)]
-        if None in weights and any(weight is not None for weight in weights):
-            raise MinitronError(
-                f"data.path={self.path} has weights for some paths only; "
-                "write all as WEIGHT:PATH or none"
-            )
-        for entry, weight in zip(self.path, weights, strict=True):
-            if weight is not None and weight <= 0:
-                raise MinitronError(
-                    f"data.path={entry} has weight {float(weight)}; weights must be above 0"
-                )
-        _refuse_weights("data.valid_path", self.valid_path)
-        for name in ("seq_length", "workers", "valid_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MinitronError(f"data.{name}={value} must be at least 1")
-
-
-def _split_weight(entry: str) -> tuple[Fraction | None, str]:
-    """Take WEIGHT:PATH apart."""
-    match = _WEIGHTED.fullmatch(entry)
-    return (Fraction(match[1]), match[2]) if match else (None, entry)
-
-
-def _refuse_weights(name: str, paths: Sequence[str]) -> None:
-    for entry in paths:
-        if _split_weight(entry)[0] is not None:
-            raise MinitronError(
-                f"{name}={entry} has a weight, but this data is read in order, once; "
-                "give the path alone"
-            )
+from minitron.sections.data import DataConfig, refuse_weights, split_weight
 
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer | None, *, vocab_size: int) -> DataConfig:
@@ -98,7 +41,7 @@ def prepare_data(config: DataConfig, tokenizer: Tokenizer | None, *, vocab_size:
     """
 
     def prepare(entry: str) -> str:
-        _, path = _split_weight(entry)
+        _, path = split_weight(entry)
         prefix = tokenised_prefix(path, tokenizer, workers=config.workers)
         if tokenizer is not None:
             check_tokenizer(prefix, tokenizer)
@@ -118,7 +61,7 @@ def open_train(config: DataConfig) -> Blend:
     Raises:
         MinitronError: a path has less than one sample.
     """
-    weights, paths = zip(*map(_split_weight, config.path), strict=True)
+    weights, paths = zip(*map(split_weight, config.path), strict=True)
     windows = [TokenWindows(TokenStream(path), config.seq_length) for path in paths]
     return Blend(windows, None if None in weights else weights)
 
@@ -129,7 +72,7 @@ def open_windows(paths: Sequence[str], seq_length: int) -> list[TokenWindows]:
     Raises:
         MinitronError: a path has a weight.
     """
-    _refuse_weights("data.path", paths)
+    refuse_weights("data.path", paths)
     return [TokenWindows(TokenStream(path), seq_length) for path in paths]
 
 

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from minitron.data.token_files import Document, write_token_files
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.metrics import BYTES, Progress, log, progress
+from minitron.sections.data import DEFAULT_WORKERS
 
-DEFAULT_WORKERS = 8
 CACHE_VARIABLE = "MINITRON_CACHE"
 
 # Part of a cache entry's name; changes whenever the same text would give other files.
@@ -36,24 +35,6 @@ _FORMAT = 1
 _CHUNK_BYTES = 1 << 20
 # A worker takes seconds to start; less text than this is tokenised sooner without it.
 _MIN_BYTES_PER_WORKER = 16 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Text to tokenise."""
-
-    path: list[str]
-    """A .txt file (one document), a .jsonl file (one document a line, in the field `text`, or in
-    `prompt` and `response`, of which the prompt is read but not learnt), or a directory of such
-    files; several are tokenised one after the other."""
-    workers: int = DEFAULT_WORKERS
-    """Most processes to use; fewer where there are fewer cores or little text."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise MinitronError("data.path is empty; give at least one file or directory")
-        if self.workers < 1:
-            raise MinitronError(f"data.workers={self.workers} must be at least 1")
 
 
 def preprocess(

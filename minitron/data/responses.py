@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +18,9 @@ from minitron.data.text import find_files, read_raw
 from minitron.data.token_files import Document, write_token_files
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
+from minitron.sections.data import PromptConfig
 
 RESPONSES = "responses"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptConfig:
-    """What to continue."""
-
-    path: list[str]
-    """A .jsonl file with a field `prompt`; or text, of whose documents the first `tokens` are
-    taken: a .txt file, a .jsonl file with a field `text`, or a directory of such files. Prompts are
-    read as training data is, without BOS."""
-    tokens: int | None = None
-    """Tokens of a text that make a prompt; shorter texts are passed over."""
-    limit: int | None = None
-    """Most prompts to read; null for all."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise MinitronError("prompts.path is empty; give at least one file or directory")
-        for name in ("tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MinitronError(f"prompts.{name}={value} must be at least 1")
 
 
 def read_prompts(config: PromptConfig, tokenizer: Tokenizer, *, context: int) -> list[list[int]]:

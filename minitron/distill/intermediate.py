@@ -23,8 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -39,7 +38,6 @@ from minitron.distill.states import (
     See,
     Site,
     State,
-    StateName,
     TeacherStates,
     find_stages,
     heads_per_rank,
@@ -49,6 +47,7 @@ from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
+from minitron.sections.distill import IntermediateConfig
 from minitron.train.objective import Objective
 
 
@@ -67,58 +66,35 @@ class Pair:
         return f"intermediate/{student.state}{layer}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class IntermediateConfig:
-    """Losses between states inside the models, besides the one between their logits."""
+def find_pairs(
+    config: IntermediateConfig, student: Architecture, teacher: Architecture
+) -> list[Pair]:
+    """What is compared with what.
 
-    states: list[StateName] = field(default_factory=list)
-    """What to compare, each after a layer norm: the embedding, the output of a layer, the input of
-    its MLP, the relations among its queries, keys and values; none switches the losses off."""
-    layers: list[tuple[int, int]] = field(default_factory=lambda: [(-3, -3)])
-    """Pairs of a student's and a teacher's layer, counted from 0, or from the end if negative:
-    [[13, 29], [15, 31]]."""
-    loss: Literal["cosine", "mse"] = "cosine"
-    """Of all states but the relations, which have a KL divergence."""
-    weight: Literal["dynamic"] | float = "dynamic"
-    """Factor of their sum; dynamic makes it as large as the loss of the logits."""
-
-    def __post_init__(self) -> None:
-        for name in ("states", "layers"):
-            values = getattr(self, name)
-            if len(set(map(str, values))) < len(values):
-                raise MinitronError(
-                    f"distill.intermediate.{name}={[*values]} names something twice; leave one"
-                )
-        if self.weight != "dynamic" and self.weight < 0:
-            raise MinitronError(f"distill.intermediate.weight={self.weight} must not be negative")
-
-    def pairs(self, student: Architecture, teacher: Architecture) -> list[Pair]:
-        """What is compared with what.
-
-        Raises:
-            MinitronError: a model has no such layer, a layer of the student is named twice, or its
-                heads have no counterpart.
-        """
-        if "attention_relation" in self.states:
-            _check_heads(student, teacher)
-        of_layers = [state for state in self.states if state != "embedding"]
-        layers = [
-            (
-                _layer(self, ours, student.num_layers, "student"),
-                _layer(self, theirs, teacher.num_layers, "teacher"),
-            )
-            for ours, theirs in (self.layers if of_layers else ())
-        ]
-        if len({ours for ours, _ in layers}) < len(layers):
-            raise MinitronError(
-                f"distill.intermediate.layers={[list(pair) for pair in self.layers]} compares a "
-                "layer of the student twice; leave one"
-            )
-        return [
-            Pair(Site(state, ours), Site(state, theirs))
-            for state in self.states
-            for ours, theirs in ([(0, 0)] if state == "embedding" else layers)
-        ]
+    Raises:
+        MinitronError: a model has no such layer, a layer of the student is named twice, or its
+            heads have no counterpart.
+    """
+    if "attention_relation" in config.states:
+        _check_heads(student, teacher)
+    of_layers = [state for state in config.states if state != "embedding"]
+    layers = [
+        (
+            _layer(config, ours, student.num_layers, "student"),
+            _layer(config, theirs, teacher.num_layers, "teacher"),
+        )
+        for ours, theirs in (config.layers if of_layers else ())
+    ]
+    if len({ours for ours, _ in layers}) < len(layers):
+        raise MinitronError(
+            f"distill.intermediate.layers={[list(pair) for pair in config.layers]} compares a "
+            "layer of the student twice; leave one"
+        )
+    return [
+        Pair(Site(state, ours), Site(state, theirs))
+        for state in config.states
+        for ours, theirs in ([(0, 0)] if state == "embedding" else layers)
+    ]
 
 
 def _layer(config: IntermediateConfig, layer: int, num_layers: int, model: str) -> int:
@@ -171,7 +147,7 @@ class IntermediateDistillation:
         first = self._student = student[0]  # what is asked of it is the same of all chunks
         self._config = config
         self._lm_weight = lm_weight
-        self._pairs = config.pairs(first.arch, teacher.model.arch)
+        self._pairs = find_pairs(config, first.arch, teacher.model.arch)
         widths = teacher.model.arch.hidden_size, first.arch.hidden_size
         needs_map = widths[0] != widths[1] and not all(p.student.is_relation for p in self._pairs)
         self._companion = Companion(

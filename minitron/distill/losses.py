@@ -4,115 +4,43 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minitron.data.batches import Batch
-from minitron.distill.intermediate import IntermediateConfig
 from minitron.distill.teacher import Teacher
-from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
 from minitron.ops.divergences import Divergence
 from minitron.ops.linear_kl import LinearLosses, TeacherHidden, linear_kl
 from minitron.ops.logit_moments import LogitDistance
 from minitron.ops.objectives import KL, KnownTokens, Objective
 from minitron.ops.top_tokens import TopKL
+from minitron.sections.distill import DistillConfig
 
 AGREEMENT_STRIDE = 8
 """Of a training step's positions, every eighth shows which token both models find most probable: to
 find it at all of them is another sweep over both logits."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """What the student learns from the teacher."""
-
-    loss: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skew_kl",
-        "skew_reverse_kl",
-        "tvd",
-        "mse",
-        "cosine",
-        "top_k",
-        "top_p",
-    ] = "forward_kl"
-    """Between the next-token distributions. `forward_kl` is KL(teacher || student) over the whole
-    vocabulary; `top_k` and `top_p` over the teacher's most probable tokens and one bin for all
-    others; `mse` and `cosine` compare logits less their mean over the vocabulary."""
-    temperature: float = 1.0
-    """Divides the logits of both (the cosine does not depend on it)."""
-    temperature_power: float = 0.0
-    """The loss is multiplied by this power of the temperature; 2 keeps gradients comparable."""
-    lm_weight: float = 0.0
-    """What the cross-entropy with the data counts beside the loss."""
-    jsd_beta: float = 0.5
-    """The teacher's share of the mixture in `jsd`; the forward KL is near 0, the reverse near 1."""
-    skew_alpha: float = 0.1
-    """How much of itself the first distribution of `skew_kl` and `skew_reverse_kl` finds mixed into
-    the second; 0 would be the plain KL."""
-    top_k: int = 256
-    """Tokens of the teacher that `top_k` compares one by one, and at most so many in `top_p`."""
-    top_p: float = 0.95
-    """Probability that the tokens compared one by one in `top_p` have together."""
-    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
-    """Losses between states inside the models, added to that of the logits."""
-
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise MinitronError(f"distill.temperature={self.temperature} must be positive")
-        if self.lm_weight < 0:
-            raise MinitronError(f"distill.lm_weight={self.lm_weight} must not be negative")
-        if not 0 < self.jsd_beta < 1:
-            raise MinitronError(
-                f"distill.jsd_beta={self.jsd_beta} must lie between 0 and 1; at the ends take "
-                "distill.loss=forward_kl or reverse_kl"
-            )
-        if not 0 < self.skew_alpha < 1:
-            raise MinitronError(
-                f"distill.skew_alpha={self.skew_alpha} must lie between 0 and 1; for 0 take "
-                "distill.loss=forward_kl or reverse_kl"
-            )
-        if self.top_k < 1:
-            raise MinitronError(f"distill.top_k={self.top_k} must be at least 1")
-        if not 0 < self.top_p <= 1:
-            raise MinitronError(f"distill.top_p={self.top_p} must lie in (0, 1]")
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse to compare more tokens than both models know.
-
-        Raises:
-            MinitronError: with the size.
-        """
-        if self.loss == "top_k" and self.top_k > vocab_size:
-            raise MinitronError(
-                f"distill.top_k={self.top_k} is more than the vocabulary of {vocab_size}; lower "
-                "it, or set distill.loss=forward_kl for all of it"
-            )
-
-    @property
-    def objective(self) -> Objective:
-        """The loss as `minitron.ops` has it."""
-        match self.loss:
-            case "forward_kl" | "reverse_kl":
-                return KL(reverse=self.loss == "reverse_kl")
-            case "jsd":
-                return Divergence("jsd", self.jsd_beta)
-            case "skew_kl" | "skew_reverse_kl":
-                return Divergence(self.loss, self.skew_alpha)
-            case "tvd":
-                return Divergence("tvd")
-            case "mse" | "cosine":
-                return LogitDistance(self.loss)
-            case "top_k":
-                return TopKL(self.top_k)
-            case "top_p":
-                return TopKL(self.top_k, self.top_p)
+def objective_of(config: DistillConfig) -> Objective:
+    """The loss as `minitron.ops` has it."""
+    match config.loss:
+        case "forward_kl" | "reverse_kl":
+            return KL(reverse=config.loss == "reverse_kl")
+        case "jsd":
+            return Divergence("jsd", config.jsd_beta)
+        case "skew_kl" | "skew_reverse_kl":
+            return Divergence(config.loss, config.skew_alpha)
+        case "tvd":
+            return Divergence("tvd")
+        case "mse" | "cosine":
+            return LogitDistance(config.loss)
+        case "top_k":
+            return TopKL(config.top_k)
+        case "top_p":
+            return TopKL(config.top_k, config.top_p)
 
 
 def shared_columns(student: LlamaModel, teacher: LlamaModel) -> int:
@@ -252,5 +180,5 @@ class LogitDistillation(Distillation):
         states = TeacherHidden(self._teacher.take(index), teacher.head)
         columns = shared_columns(model, teacher)
         return self._compare(
-            model, hidden, batch, states, self._config.objective, columns, agreement
+            model, hidden, batch, states, objective_of(self._config), columns, agreement
         )

@@ -21,7 +21,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,7 @@ from torch import Tensor
 from minitron import platform
 from minitron.data.batches import Batch
 from minitron.model.llama import LlamaModel
-
-StateName = Literal["embedding", "block_output", "mlp_input", "attention_relation"]
+from minitron.sections.distill import StateName
 
 See = Callable[[Tensor], "Tensor | None"]
 """Called with a state; what it returns, a loss, is attached to the model's backward pass."""

@@ -16,9 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,77 +26,32 @@ from minitron.distill.states import TeacherStates
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel, freeze
 from minitron.model.schedule import run_schedule
-from minitron.parallel import Topology, split_layers
+from minitron.parallel import Topology
+from minitron.sections.distill import TeacherConfig
+from minitron.sections.parallel import split_layers
 
 STATES_BYTES = 1 << 30
 """What the states of a window may take on a rank if the recipe does not say how long it is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The model to learn from, and how it shares the ranks with the student; or what is stored of
-    it."""
+def teacher_topology(config: TeacherConfig, student: Topology, num_layers: int) -> Topology:
+    """The student's topology with the teacher's layers on its stages, one chunk on each.
 
-    path: Path | None = None
-    """Its Hugging Face directory."""
-    logits: Path | None = None
-    """Instead of the model: a store of its outputs, the `out` of launch/cache_logits.py."""
-    window: int | None = None
-    """Micro-batches whose teacher states exist at a time, `window · s · b · h_teacher` floats on
-    each rank of the last stage; null takes as many as fit in 1 GiB, with the states of intermediate
-    losses on the rank that has most, and at least four for each pipeline stage, or all of a step if
-    they are offloaded. The result is the same for all."""
-    offload_states: bool = False
-    """Keep the states, those of intermediate losses too, in host memory until the student's loss
-    asks for them."""
-    placement: Literal["resident", "offload"] = "resident"
-    """Where the teacher's weights are while the student trains: on the device, or in host memory,
-    from which every window fetches them. The output head stays on the last stage's device."""
-    layers_per_stage: list[int] | None = None
-    """Teacher layers of each pipeline stage; null spreads them evenly."""
-    allow_untrained: bool = False
-    """Learn even from a teacher that predicts the training data no better than chance."""
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.logits is None):
-            found = "both were given" if self.path is not None else "neither was given"
-            raise MinitronError(f"give either --teacher.path or --teacher.logits; {found}")
-        of_model = ("window", "offload_states", "placement", "layers_per_stage", "allow_untrained")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name in of_model if getattr(self, name) != defaults[name]]
-        if self.logits is not None and given:
-            raise MinitronError(
-                f"teacher.{given[0]} is of a teacher at hand, not of the store {self.logits}; "
-                "leave it out, or give --teacher.path"
-            )
-        if self.window is not None and self.window < 1:
-            raise MinitronError(f"teacher.window={self.window} must be at least 1")
-
-    @property
-    def source(self) -> Path:
-        """What the student learns from: the model or the store."""
-        source = self.path or self.logits
-        assert source is not None
-        return source
-
-    def topology(self, student: Topology, num_layers: int) -> Topology:
-        """The student's topology with this teacher's layers on its stages, one chunk on each.
-
-        Raises:
-            MinitronError: the stages do not add up to the teacher, or the window is too short for
-                a student whose chunks are interleaved.
-        """
-        if student.config.is_interleaved and self.window and self.window < student.pp_size:
-            raise MinitronError(
-                f"teacher.window={self.window} is less than the micro-batches that the student's "
-                f"interleaved stages take at a time (parallel.pipeline_model_parallel_size="
-                f"{student.pp_size}); use at least {student.pp_size}"
-            )
-        stages = split_layers(
-            num_layers, student.pp_size, self.layers_per_stage, key="teacher.layers_per_stage"
+    Raises:
+        MinitronError: the stages do not add up to the teacher, or the window is too short for
+            a student whose chunks are interleaved.
+    """
+    if student.config.is_interleaved and config.window and config.window < student.pp_size:
+        raise MinitronError(
+            f"teacher.window={config.window} is less than the micro-batches that the student's "
+            f"interleaved stages take at a time (parallel.pipeline_model_parallel_size="
+            f"{student.pp_size}); use at least {student.pp_size}"
         )
-        config = dataclasses.replace(student.config.without_interleaving(), layers_per_stage=stages)
-        return dataclasses.replace(student, config=config)
+    stages = split_layers(
+        num_layers, student.pp_size, config.layers_per_stage, key="teacher.layers_per_stage"
+    )
+    parallel = dataclasses.replace(student.config.without_interleaving(), layers_per_stage=stages)
+    return dataclasses.replace(student, config=parallel)
 
 
 class Teacher:

@@ -18,17 +18,18 @@ from minitron.distill.gates import (
     shared_tokenizer,
     shared_vocab_size,
 )
-from minitron.distill.intermediate import IntermediateDistillation
-from minitron.distill.losses import DistillConfig, LogitDistillation
+from minitron.distill.intermediate import IntermediateDistillation, find_pairs
+from minitron.distill.losses import LogitDistillation
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.distill.teacher import Teacher, teacher_topology
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel, build_llama, check_parallel
 from minitron.model.sharding import open_model
 from minitron.parallel import Topology, on_rank_zero
+from minitron.sections.distill import DistillConfig, TeacherConfig
 from minitron.train.objective import Objective
 
 
@@ -166,10 +167,10 @@ class _Model:
         )
         distill.check_vocabulary(self.vocab_size)
         self.largest_vocab = max(self._arch.vocab_size, student.vocab_size)
-        self._topology = config.topology(topology, self._arch.num_layers)
+        self._topology = teacher_topology(config, topology, self._arch.num_layers)
         check_parallel(self._arch, self._topology.config)
         self._arch.check_seq_length(seq_length)
-        distill.intermediate.pairs(student, self._arch)
+        find_pairs(distill.intermediate, student, self._arch)
 
     def objective(
         self,

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from minitron.data.tokenizer import Tokenizer
-from minitron.model.generation import Prompt, SamplingConfig, generate
+from minitron.model.generation import Prompt, generate
 from minitron.model.llama import LlamaModel
+from minitron.sections.generate import SamplingConfig
 
 
 class Question(NamedTuple):

@@ -25,7 +25,8 @@ from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.eval.answers import Question
 from minitron.eval.loglikelihood import Request
-from minitron.eval.tasks import TaskConfig, TaskResults
+from minitron.eval.tasks import TaskResults
+from minitron.sections.eval import TaskConfig
 
 Score = Callable[[Sequence[Request]], list[tuple[float, bool]]]
 Answer = Callable[[Sequence[Question]], list[str]]

@@ -38,7 +38,8 @@ from minitron.model.arch import Architecture
 from minitron.model.attention import CausalAttention
 from minitron.model.norm import RMSNorm
 from minitron.model.weights import WeightSource
-from minitron.parallel import ParallelConfig, Topology
+from minitron.parallel import Topology
+from minitron.sections.parallel import ParallelConfig
 
 Recompute = Literal["none", "selective", "full"]
 

@@ -18,7 +18,6 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -26,66 +25,13 @@ from torch import Tensor
 
 from minitron import platform
 from minitron.data.batches import Batch, EvalBatches
-from minitron.errors import MinitronError
 from minitron.metrics import Progress, progress
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import run_schedule
 from minitron.ops.vocab_parallel import token_chunks
-from minitron.prune.depth import Ablation, DepthCriterion, DepthScores, by_cost
+from minitron.prune.depth import Ablation, DepthScores, by_cost
+from minitron.sections.prune import AblationConfig
 from minitron.train.objective import language_modeling_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationConfig:
-    """Layers to leave out on trial; each trial is a forward pass."""
-
-    layers: bool = False
-    """Every layer by itself: a pass for each, and one of the whole model."""
-    windows: list[int] = field(default_factory=list)
-    """Every run of so many neighbouring layers, a pass for each; several lengths may be given."""
-    greedy: int = 0
-    """Layers to take out one after the other, each time the one that costs least then. The first is
-    found among the trials of `layers`, which this includes; each further one takes a pass for every
-    layer that is left, and one of the whole model."""
-    criterion: DepthCriterion = "lm_loss"
-    """What the greedy search keeps low: lm_loss or logit_distance; or high: accuracy on tasks."""
-    metric: str = "acc"
-    """What tasks call their accuracy, such as acc or acc_norm; the mean over tasks counts."""
-    samples: int = 128
-    """Samples of each pass: the first of the calibration data."""
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("greedy", 0), ("samples", 1)):
-            if getattr(self, name) < lowest:
-                raise MinitronError(f"depth.{name}={getattr(self, name)} must be at least {lowest}")
-        if self.criterion != "lm_loss" and not self.greedy:
-            raise MinitronError(
-                f"depth.criterion={self.criterion} is of the greedy search, but depth.greedy=0; "
-                "add --depth.greedy, or leave it out: other trials serve every ranking"
-            )
-
-    @property
-    def is_empty(self) -> bool:
-        """True where nothing is tried."""
-        return not (self.layers or self.windows or self.greedy)
-
-    def check(self, num_layers: int) -> None:
-        """Refuse to leave out what the model does not have.
-
-        Raises:
-            MinitronError: a window or the greedy search would leave no layer.
-        """
-        for length in self.windows:
-            if not 1 <= length < num_layers:
-                raise MinitronError(
-                    f"depth.windows={length}, but the model has {num_layers} layers; choose 1 to "
-                    f"{num_layers - 1}"
-                )
-        if self.greedy >= num_layers:
-            raise MinitronError(
-                f"depth.greedy={self.greedy} leaves none of the model's {num_layers} layers; "
-                f"choose at most {num_layers - 1}"
-            )
 
 
 def measure_depth(

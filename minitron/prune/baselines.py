@@ -7,7 +7,6 @@ pruning is the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.weights import WeightSource
 from minitron.prune.scores import ImportanceScores
-
-Method = Literal["activation", "magnitude", "random", "first"]
+from minitron.sections.prune import Method
 
 
 def baseline_scores(

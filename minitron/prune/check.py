@@ -10,20 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minitron import artifact, metrics, platform
-from minitron.data.batches import (
-    Batch,
-    DataConfig,
-    EvalBatches,
-    collate,
-    open_windows,
-    prepare_data,
-)
+from minitron.data.batches import Batch, EvalBatches, collate, open_windows, prepare_data
 from minitron.data.indexed import as_prefix
 from minitron.data.sampling import Sample
 from minitron.data.tokenizer import find_tokenizer
@@ -33,28 +25,15 @@ from minitron.model.arch import Architecture
 from minitron.model.llama import build_llama, check_parallel, freeze
 from minitron.model.sharding import open_model
 from minitron.model.weights import WeightSource
-from minitron.parallel import ParallelConfig, Topology, initialize, on_rank_zero
-from minitron.platform import Precision
+from minitron.parallel import Topology, initialize, on_rank_zero
 from minitron.prune.pruning import PrunedWeights, PruningPlan
+from minitron.sections.data import DataConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.prune import CheckConfig
 from minitron.train.objective import LanguageModeling
 
 _RANDOM_TOKENS = 8
 """Of the pass without data, for each tensor-parallel rank, so that these can split them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckConfig:
-    """The forward pass that checks the pruned model."""
-
-    samples: int = 16
-    """Samples of data that it runs on; 0 for no check at all."""
-    micro_batch_size: int = 1
-    """Samples that one data-parallel rank takes through the model at a time."""
-
-    def __post_init__(self) -> None:
-        for name, lowest in (("samples", 0), ("micro_batch_size", 1)):
-            if getattr(self, name) < lowest:
-                raise MinitronError(f"check.{name}={getattr(self, name)} must be at least {lowest}")
 
 
 def calibration_data(scores_path: Path) -> DataConfig | None:

@@ -21,20 +21,10 @@ from torch import Tensor
 from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.prune.scores import top_indices
+from minitron.sections.prune import DepthCriterion, LayerRanking
 
 DEPTH_FILE = "depth.json"
 
-DepthCriterion = Literal["lm_loss", "logit_distance", "accuracy"]
-LayerRanking = Literal[
-    "block_influence",
-    "lm_loss",
-    "logit_distance",
-    "accuracy",
-    "window",
-    "window_logit_distance",
-    "window_accuracy",
-    "greedy",
-]
 _TRIALS: dict[LayerRanking, tuple[Literal["layers", "windows"], DepthCriterion]] = {
     "lm_loss": ("layers", "lm_loss"),
     "logit_distance": ("layers", "logit_distance"),

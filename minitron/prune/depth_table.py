@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from minitron.metrics import format_markdown, format_table
-from minitron.prune.depth import Ablation, DepthCriterion, DepthScores, by_cost
+from minitron.prune.depth import Ablation, DepthScores, by_cost
+from minitron.sections.prune import DepthCriterion
 
 TABLE_FILE = "depth.md"
 

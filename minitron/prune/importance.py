@@ -30,33 +30,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron import artifact, platform
-from minitron.data.batches import Batch, DataConfig, EvalBatches, open_windows, prepare_data
+from minitron.data.batches import Batch, EvalBatches, open_windows, prepare_data
 from minitron.data.tokenizer import find_tokenizer
-from minitron.errors import MinitronError
 from minitron.metrics import log, progress
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.sharding import open_model
 from minitron.ops.activation_stats import activation_stats
 from minitron.ops.block_cosine import block_cosine
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
-from minitron.platform import Precision
+from minitron.parallel import initialize, on_rank_zero
 from minitron.prune.scores import Importance, check_scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportanceConfig:
-    """The calibration pass."""
-
-    samples: int = 1024
-    """Samples of `data.seq_length` tokens, taken from the start of the data in order."""
-    micro_batch_size: int = 1
-    """Samples that one data-parallel rank takes through the model at a time."""
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise MinitronError(f"importance.{name}={getattr(self, name)} must be at least 1")
+from minitron.sections.data import DataConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.prune import ImportanceConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,15 +27,8 @@ from minitron.model.arch import Architecture
 from minitron.model.weights import TensorInfo, WeightReader, WeightWriter
 from minitron.prune.depth import kept_layers, layers_to_drop
 from minitron.prune.scores import ImportanceScores, check_scores
-from minitron.prune.width import (
-    GroupReduction,
-    HeadMerge,
-    HeadRanking,
-    WidthPlan,
-    plan_width,
-    same_width,
-    slice_tensor,
-)
+from minitron.prune.width import WidthPlan, plan_width, same_width, slice_tensor
+from minitron.sections.prune import GroupReduction, HeadMerge, HeadRanking
 
 S = TypeVar("S")
 T = TypeVar("T")

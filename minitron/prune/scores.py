@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,10 +19,10 @@ from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.metrics import log
 from minitron.model.arch import Architecture
+from minitron.sections.prune import Aggregation
 
 SCORES_FILE = "scores.safetensors"
 
-Aggregation = Literal["mean", "l2", "var"]
 AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "l2", "var")
 """How activations become one number, over the sequence and then over the samples: mean of absolute
 values, root of the sum of squares, variance (divided by the count). Scores are stored in this

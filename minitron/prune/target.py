@@ -4,189 +4,122 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.arch import Architecture
-from minitron.prune.baselines import Method
-from minitron.prune.depth import LayerRanking, kept_layers
-from minitron.prune.scores import Aggregation
-from minitron.prune.width import GroupReduction, HeadMerge, HeadRanking
-
-_WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-_SIZES = (*_WIDTHS, "num_layers", "drop_layers")
+from minitron.prune.depth import kept_layers
+from minitron.sections.prune import WIDTHS, PruneConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """The shape to reach, where what is not named stays as it is; and how to choose what stays."""
+def target_shape(config: PruneConfig, source: Architecture) -> Architecture:
+    """The shape of the pruned model.
 
-    hidden_size: int | None = None
-    """Embedding channels to keep, the same ones in all layers."""
-    ffn_hidden_size: int | None = None
-    """Neurons to keep in each MLP."""
-    num_attention_heads: int | None = None
-    """Query heads to keep in each layer; a multiple of the key/value heads."""
-    num_query_groups: int | None = None
-    """Key/value heads to keep in each layer. Unless num_attention_heads says otherwise, their query
-    heads stay with them."""
-    num_layers: int | None = None
-    """Layers to keep, a number of them; the lowest in layer_ranking go, and are printed."""
-    drop_layers: list[int] | None = None
-    """Layers to drop whatever their influence, counted from 1: of 32, the first is 1, the last 32.
-    Needs no scores and no data."""
-    layer_ranking: LayerRanking = "block_influence"
-    """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss),
-    the logits (logit_distance) or the accuracy on tasks (accuracy); the run of neighbours that is
-    best for the loss (window), the logits (window_logit_distance) or the accuracy
-    (window_accuracy); or a greedy search (greedy) for what its depth.criterion named. All but the
-    first need trials beside the scores: the depth section of launch/importance.py."""
-    method: Method = "activation"
-    """What ranks: activations on calibration data, or for comparison the magnitude of weights,
-    chance (random), or the position (first); these need no scores and no data."""
-    batch_aggregation: Aggregation = "l2"
-    """How scores over calibration samples become one: mean, l2 or var."""
-    sequence_aggregation: Aggregation = "mean"
-    """How activations over a sample's sequence become one score: mean, l2 or var."""
-    head_ranking: HeadRanking = "group"
-    """Rank query heads inside their group, or across the groups of a layer: the best heads then
-    fill the groups, with a copy of their key/value head where one group's heads fill several."""
-    group_reduction: GroupReduction = "select"
-    """How num_query_groups is reached: select the best key/value heads, or take the mean of
-    neighbouring ones, which keeps all query heads."""
-    merge_heads: HeadMerge = "none"
-    """Add to the query projection of kept heads its difference to that of pruned ones, with this
-    sign: plus is the paper's formula, minus puts the pruned head in the place of the kept one. No
-    published model uses either; measure before you trust it. No effect where all heads stay."""
-    multiple: int = 1
-    """Round the hidden size, and the neurons of each rank, to a multiple that suits kernels, such
-    as 64 or 128. Only sizes that are given are rounded; the arithmetic is printed."""
-    target_tensor_parallel_size: int = 1
-    """Round the widths that are given to what so many tensor-parallel ranks can share; one that is
-    not given, and that they cannot share, is refused."""
-    rounds: int = 1
-    """Rounds in which the shape is to be reached, this one included: only that part of the way is
-    gone now, rounded to what can be built. The next round starts from the result, with one less."""
+    Raises:
+        MinitronError: it is larger than the source, or no valid Llama.
+    """
+    return _plan(config, source)[0]
 
-    def __post_init__(self) -> None:
-        if all(getattr(self, name) in (None, []) for name in _SIZES):
-            keys = ", ".join(f"prune.{name}" for name in _SIZES)
-            raise MinitronError(f"nothing to prune; give at least one of {keys}")
-        for name in ("multiple", "target_tensor_parallel_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise MinitronError(f"prune.{name}={getattr(self, name)} must be at least 1")
-        if self.rounds > 1 and self.drop_layers:
+
+def arithmetic(config: PruneConfig, source: Architecture) -> list[str]:
+    """How the sizes came about, a line each; none unless rounding was asked for.
+
+    Raises:
+        MinitronError: as `target_shape` does.
+    """
+    return _plan(config, source)[1]
+
+
+def _plan(config: PruneConfig, source: Architecture) -> tuple[Architecture, list[str]]:
+    asked = {name: getattr(config, name) for name in (*WIDTHS, "num_layers")}
+    asked = {name: size for name, size in asked.items() if size is not None}
+    for name, size in asked.items():
+        largest = getattr(source, name)
+        if not 1 <= size <= largest:
             raise MinitronError(
-                f"prune.rounds={self.rounds} cannot split prune.drop_layers={self.drop_layers}; "
-                "give prune.num_layers"
+                f"prune.{name}={size}, but the model has {largest}; choose 1 to {largest}"
             )
+    multiple, tp = config.multiple, config.target_tensor_parallel_size
+    rounding = _Rounding(source, asked, config.rounds, is_wanted=multiple > 1 or tp > 1)
+    sizes, hidden = rounding.sizes, source.hidden_size
+    keeps_hidden = "hidden_size" not in asked  # then the heads have to divide it as it is
+    divides = f" that divides the hidden size, {hidden}" if keeps_hidden else ""
 
-    def target(self, source: Architecture) -> Architecture:
-        """The shape of the pruned model.
-
-        Raises:
-            MinitronError: it is larger than the source, or no valid Llama.
-        """
-        return self._plan(source)[0]
-
-    def arithmetic(self, source: Architecture) -> list[str]:
-        """How the sizes came about, a line each; none unless rounding was asked for.
-
-        Raises:
-            MinitronError: as `target` does.
-        """
-        return self._plan(source)[1]
-
-    def _plan(self, source: Architecture) -> tuple[Architecture, list[str]]:
-        asked = {name: getattr(self, name) for name in (*_WIDTHS, "num_layers")}
-        asked = {name: size for name, size in asked.items() if size is not None}
-        for name, size in asked.items():
-            largest = getattr(source, name)
-            if not 1 <= size <= largest:
-                raise MinitronError(
-                    f"prune.{name}={size}, but the model has {largest}; choose 1 to {largest}"
-                )
-        multiple, tp = self.multiple, self.target_tensor_parallel_size
-        rounding = _Rounding(source, asked, self.rounds, is_wanted=multiple > 1 or tp > 1)
-        sizes, hidden = rounding.sizes, source.hidden_size
-        keeps_hidden = "hidden_size" not in asked  # then the heads have to divide it as it is
-        divides = f" that divides the hidden size, {hidden}" if keeps_hidden else ""
-
-        all_groups, all_heads = source.num_query_groups, source.num_attention_heads
-        merges = self.group_reduction == "mean"
-        divisors = [g for g in range(1, all_groups + 1) if all_groups % g == 0]
-        rounding.settle(
-            "num_query_groups",
-            [
-                g
-                for g in (divisors if merges else range(1, all_groups + 1))
-                if (g % tp == 0 or tp % g == 0) and not (keeps_hidden and hidden % math.lcm(g, tp))
-            ],
-            f"multiple or divisor of {tp} ranks{divides}",
+    all_groups, all_heads = source.num_query_groups, source.num_attention_heads
+    merges = config.group_reduction == "mean"
+    divisors = [g for g in range(1, all_groups + 1) if all_groups % g == 0]
+    rounding.settle(
+        "num_query_groups",
+        [
+            g
+            for g in (divisors if merges else range(1, all_groups + 1))
+            if (g % tp == 0 or tp % g == 0) and not (keeps_hidden and hidden % math.lcm(g, tp))
+        ],
+        f"multiple or divisor of {tp} ranks{divides}",
+    )
+    groups = sizes["num_query_groups"]
+    if merges and groups not in divisors:
+        raise MinitronError(
+            f"prune.num_query_groups={groups} does not divide the model's {all_groups} "
+            "key/value heads, whose neighbours prune.group_reduction=mean averages; choose "
+            f"{_listed(divisors)}"
         )
-        groups = sizes["num_query_groups"]
-        if merges and groups not in divisors:
+    most = all_heads if merges else groups * (all_heads // all_groups)
+    if "num_attention_heads" not in asked and most < all_heads:
+        rounding.follow("num_attention_heads", most)
+    unit = math.lcm(groups, tp)
+    rounding.settle(
+        "num_attention_heads",
+        [n for n in range(unit, most + 1, unit) if not (keeps_hidden and hidden % n)],
+        f"multiple of {unit} = lcm({groups} key/value heads, {tp} ranks){divides}",
+    )
+    heads = sizes["num_attention_heads"]
+    _check_heads(config, heads, groups, most)
+    unit = math.lcm(multiple, heads)
+    rounding.settle(
+        "hidden_size",
+        list(range(unit, hidden + 1, unit)),
+        f"multiple of {unit} = lcm({multiple}, {heads} heads, which transformers demands)",
+        is_needed=False,
+    )
+    unit = multiple * tp
+    rounding.settle(
+        "ffn_hidden_size",
+        list(range(unit, source.ffn_hidden_size + 1, unit)),
+        f"multiple of {unit} = {multiple} x {tp} ranks",
+        is_needed=source.ffn_hidden_size % tp != 0,
+    )
+    rounding.settle("num_layers", list(range(1, source.num_layers + 1)), "")
+    if config.drop_layers:
+        left = len(kept_layers(source.num_layers, config.drop_layers))
+        if asked.get("num_layers", left) != left:
             raise MinitronError(
-                f"prune.num_query_groups={groups} does not divide the model's {all_groups} "
-                "key/value heads, whose neighbours prune.group_reduction=mean averages; choose "
-                f"{_listed(divisors)}"
+                f"prune.num_layers={asked['num_layers']} contradicts prune.drop_layers, which "
+                f"leaves {source.num_layers} - {len(config.drop_layers)} = {left}; "
+                "give one of the two"
             )
-        most = all_heads if merges else groups * (all_heads // all_groups)
-        if "num_attention_heads" not in asked and most < all_heads:
-            rounding.follow("num_attention_heads", most)
-        unit = math.lcm(groups, tp)
-        rounding.settle(
-            "num_attention_heads",
-            [n for n in range(unit, most + 1, unit) if not (keeps_hidden and hidden % n)],
-            f"multiple of {unit} = lcm({groups} key/value heads, {tp} ranks){divides}",
-        )
-        heads = sizes["num_attention_heads"]
-        self._check_heads(heads, groups, most)
-        unit = math.lcm(multiple, heads)
-        rounding.settle(
-            "hidden_size",
-            list(range(unit, hidden + 1, unit)),
-            f"multiple of {unit} = lcm({multiple}, {heads} heads, which transformers demands)",
-            is_needed=False,
-        )
-        unit = multiple * tp
-        rounding.settle(
-            "ffn_hidden_size",
-            list(range(unit, source.ffn_hidden_size + 1, unit)),
-            f"multiple of {unit} = {multiple} x {tp} ranks",
-            is_needed=source.ffn_hidden_size % tp != 0,
-        )
-        rounding.settle("num_layers", list(range(1, source.num_layers + 1)), "")
-        if self.drop_layers:
-            left = len(kept_layers(source.num_layers, self.drop_layers))
-            if asked.get("num_layers", left) != left:
-                raise MinitronError(
-                    f"prune.num_layers={asked['num_layers']} contradicts prune.drop_layers, which "
-                    f"leaves {source.num_layers} - {len(self.drop_layers)} = {left}; "
-                    "give one of the two"
-                )
-            sizes["num_layers"] = left
-        target = dataclasses.replace(source, **sizes)
-        hf.check_shape(target)
-        return target, rounding.lines
+        sizes["num_layers"] = left
+    target = dataclasses.replace(source, **sizes)
+    hf.check_shape(target)
+    return target, rounding.lines
 
-    def _check_heads(self, heads: int, groups: int, most: int) -> None:
-        if heads % groups:
-            below = heads // groups * groups
-            whose = "the model's " if self.num_query_groups is None else "prune.num_query_groups="
-            raise MinitronError(
-                f"prune.num_attention_heads={heads} is not a multiple of {whose}{groups} "
-                f"key/value heads, each of which keeps the same number of query heads; choose "
-                f"{f'{below} or ' if below else ''}{below + groups}"
-            )
-        if heads > most:
-            raise MinitronError(
-                f"prune.num_attention_heads={heads} in prune.num_query_groups={groups} are "
-                f"{heads // groups} query heads each, but a key/value head of the model has "
-                f"{most // groups}; choose at most {groups} x {most // groups} = {most}, or "
-                "prune.group_reduction=mean"
-            )
+
+def _check_heads(config: PruneConfig, heads: int, groups: int, most: int) -> None:
+    if heads % groups:
+        below = heads // groups * groups
+        whose = "the model's " if config.num_query_groups is None else "prune.num_query_groups="
+        raise MinitronError(
+            f"prune.num_attention_heads={heads} is not a multiple of {whose}{groups} "
+            f"key/value heads, each of which keeps the same number of query heads; choose "
+            f"{f'{below} or ' if below else ''}{below + groups}"
+        )
+    if heads > most:
+        raise MinitronError(
+            f"prune.num_attention_heads={heads} in prune.num_query_groups={groups} are "
+            f"{heads // groups} query heads each, but a key/value head of the model has "
+            f"{most // groups}; choose at most {groups} x {most // groups} = {most}, or "
+            "prune.group_reduction=mean"
+        )
 
 
 class _Rounding:
@@ -205,7 +138,7 @@ class _Rounding:
     def __init__(
         self, source: Architecture, asked: dict[str, int], rounds: int, *, is_wanted: bool
     ) -> None:
-        self._largest = {name: getattr(source, name) for name in (*_WIDTHS, "num_layers")}
+        self._largest = {name: getattr(source, name) for name in (*WIDTHS, "num_layers")}
         self.sizes = self._largest | asked
         self.lines: list[str] = []
         self._may_change = set(asked)

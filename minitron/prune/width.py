@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +21,7 @@ from minitron.model.arch import Architecture
 from minitron.model.hf import Axis
 from minitron.model.weights import WeightSource
 from minitron.prune.scores import ImportanceScores, top_indices
-
-HeadRanking = Literal["group", "across"]
-GroupReduction = Literal["select", "mean"]
-HeadMerge = Literal["none", "plus", "minus"]
+from minitron.sections.prune import GroupReduction, HeadMerge, HeadRanking
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

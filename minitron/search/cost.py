@@ -5,40 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minitron import platform
-from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
-from minitron.platform import Precision
+from minitron.sections.search import DeploymentConfig
 
 _REPEATS = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeploymentConfig:
-    """The use for which memory and latency are counted."""
-
-    dtype: Precision = "bf16"
-    """Of the weights and of the key/value cache."""
-    batch_size: int = 1
-    """Requests at a time."""
-    context: int = 4096
-    """Tokens of a request, prompt and answer; each is kept in the key/value cache."""
-    generated: int = 128
-    """Tokens of the answer, of those."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise MinitronError(f"deployment.batch_size={self.batch_size} must be at least 1")
-        if not 1 <= self.generated < self.context:
-            raise MinitronError(
-                f"deployment.generated={self.generated} must be at least 1 and below "
-                f"deployment.context={self.context}, which holds the prompt too"
-            )
 
 
 def memory_gb(arch: Architecture, deployment: DeploymentConfig) -> float:

@@ -14,46 +14,11 @@ about step 300 on; halving is arXiv:1502.07943.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from minitron.errors import MinitronError
 from minitron.metrics import log
-
-
-@dataclass(frozen=True, kw_only=True)
-class RaceConfig:
-    """Who is distilled for how long before the worse part drops out."""
-
-    entrants: int = 8
-    """Shapes that start: those with the lowest loss right after pruning."""
-    rungs: list[int] = field(default_factory=lambda: [100, 200])
-    """Steps after which some drop out; the rest goes on to train.steps. The learning rate is that
-    of all train.steps for everybody."""
-    keep: float = 0.5
-    """Part that stays at each rung, rounded up."""
-
-    def __post_init__(self) -> None:
-        if self.entrants < 1:
-            raise MinitronError(f"race.entrants={self.entrants} must be at least 1")
-        if not 0 < self.keep <= 1:
-            raise MinitronError(f"race.keep={self.keep} must be above 0 and at most 1")
-        if any(later <= earlier for earlier, later in itertools.pairwise([0, *self.rungs])):
-            raise MinitronError(f"race.rungs={self.rungs} must be steps above 0 that rise")
-
-    def all_rungs(self, steps: int) -> list[int]:
-        """The rungs and the last step.
-
-        Raises:
-            MinitronError: a rung is not before the last step.
-        """
-        if steps <= max(self.rungs, default=0):
-            raise MinitronError(
-                f"race.rungs={self.rungs} must lie before the last step, train.steps={steps}"
-            )
-        return [*self.rungs, steps]
 
 
 def run_race(

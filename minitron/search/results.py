@@ -18,7 +18,8 @@ from minitron import artifact, metrics
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
 from minitron.report.table import count_text
-from minitron.search.space import SIZES, Shape
+from minitron.search.space import Shape
+from minitron.sections.search import SIZES
 
 RESULTS_FILE = "search.json"
 TABLE_FILE = "search.md"

@@ -12,84 +12,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
-
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-)
-"""What a search may change."""
-
-Preset = Literal["minitron_8b", "minitron_4b", "llama3.1_4b"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridConfig:
-    """The sizes to combine, each with all of the others; an axis without any stays as it is."""
-
-    preset: Preset | None = None
-    """A grid whose axes hold where none is given here: the paper's for Minitron 8B and for Minitron
-    4B, or what lies between the two Llama-3.1-Minitron-4B, Width and Depth."""
-    num_layers: list[int] | None = None
-    """Layers to keep."""
-    hidden_size: list[int] | None = None
-    """Embedding channels to keep."""
-    ffn_hidden_size: list[int] | None = None
-    """Neurons of each MLP to keep."""
-    ffn_multiples: list[float] | None = None
-    """The same as multiples of the hidden size; one of the two."""
-    num_attention_heads: list[int] | None = None
-    """Query heads to keep."""
-    num_query_groups: list[int] | None = None
-    """Key/value heads to keep. Unless num_attention_heads says otherwise, their query heads stay
-    with them."""
-
-    def __post_init__(self) -> None:
-        if self.ffn_hidden_size is not None and self.ffn_multiples is not None:
-            raise MinitronError(
-                f"grid.ffn_hidden_size={self.ffn_hidden_size} and "
-                f"grid.ffn_multiples={self.ffn_multiples} both say how many neurons; give one"
-            )
-        for name in (*SIZES, "ffn_multiples"):
-            sizes = getattr(self, name)
-            if sizes == [] or any(size <= 0 for size in sizes or ()):
-                raise MinitronError(f"grid.{name}={sizes} must name one or more sizes above 0")
-
-    def combinations(self, source: Architecture) -> Iterator[dict[str, Any]]:
-        """The sizes of every shape of the grid, each once, in the order of the axes."""
-        grid = self._with_preset()
-        share = source.num_attention_heads // source.num_query_groups
-        seen = set()
-        for layers, hidden, groups in itertools.product(
-            grid.num_layers or [source.num_layers],
-            grid.hidden_size or [source.hidden_size],
-            grid.num_query_groups or [source.num_query_groups],
-        ):
-            ffns = grid.ffn_hidden_size or [source.ffn_hidden_size]
-            if grid.ffn_multiples is not None:
-                ffns = [round(multiple * hidden) for multiple in grid.ffn_multiples]
-            for ffn, heads in itertools.product(ffns, grid.num_attention_heads or [groups * share]):
-                sizes = (layers, hidden, ffn, heads, groups)
-                if sizes not in seen:
-                    seen.add(sizes)
-                    yield dict(zip(SIZES, sizes, strict=True))
-
-    def _with_preset(self) -> GridConfig:
-        """The grid with the axes of its preset where it names none."""
-        if self.preset is None:
-            return self
-        names = (field.name for field in dataclasses.fields(self) if field.name != "preset")
-        axes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if axes.keys() & {"ffn_hidden_size", "ffn_multiples"}:
-            axes = {"ffn_hidden_size": None, "ffn_multiples": None} | axes
-        return dataclasses.replace(PRESETS[self.preset], **axes)
-
+from minitron.sections.search import SIZES, BudgetConfig, GridConfig, Preset
 
 _PAPER_FFN = [2.5, 3.0, 3.5, 4.0]
 PRESETS: dict[Preset, GridConfig] = {
@@ -116,45 +43,6 @@ PRESETS: dict[Preset, GridConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """Limits of a shape. One number is the most that it may take, two are the least and the
-    most.
-    """
-
-    params: list[float] | None = None
-    """Parameters, such as [4.3e9, 4.7e9]."""
-    non_embedding_params: list[float] | None = None
-    """Parameters without the embedding table and the output head."""
-    memory_gb: list[float] | None = None
-    """Gigabytes, 1e9 bytes each, of the weights and the key/value cache in the deployment."""
-    latency: list[float] | None = None
-    """Seconds that one batch of requests takes in the deployment, on one device of this machine.
-    Layers of random weights are timed: prompt first, then token by token; only where this is
-    given."""
-
-    def __post_init__(self) -> None:
-        for name in self.given():
-            limits = getattr(self, name)
-            if len(limits) not in (1, 2) or min(limits) < 0 or limits != sorted(limits):
-                raise MinitronError(
-                    f"budget.{name}={limits} is no limit; give the most, or the least and the most"
-                )
-
-    def given(self) -> list[str]:
-        """What is limited."""
-        names = (field.name for field in dataclasses.fields(self))
-        return [name for name in names if getattr(self, name) is not None]
-
-    def allows(self, name: str, cost: float) -> bool:
-        """Whether a cost is within its limits; one that is not limited always is."""
-        limits = getattr(self, name)
-        if limits is None:
-            return True
-        least = limits[0] if len(limits) == 2 else 0.0
-        return least <= cost <= limits[-1]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shape:
     """A shape that fits the budgets, and what it costs."""
 
@@ -167,6 +55,37 @@ class Shape:
         """L32-h3072-f9216-n32-g8: the letters of docs/shapes.md."""
         letters = zip("Lhfng", SIZES, strict=True)
         return "-".join(f"{letter}{getattr(self.arch, size)}" for letter, size in letters)
+
+
+def combinations(grid: GridConfig, source: Architecture) -> Iterator[dict[str, Any]]:
+    """The sizes of every shape of a grid, each once, in the order of the axes."""
+    grid = _with_preset(grid)
+    share = source.num_attention_heads // source.num_query_groups
+    seen = set()
+    for layers, hidden, groups in itertools.product(
+        grid.num_layers or [source.num_layers],
+        grid.hidden_size or [source.hidden_size],
+        grid.num_query_groups or [source.num_query_groups],
+    ):
+        ffns = grid.ffn_hidden_size or [source.ffn_hidden_size]
+        if grid.ffn_multiples is not None:
+            ffns = [round(multiple * hidden) for multiple in grid.ffn_multiples]
+        for ffn, heads in itertools.product(ffns, grid.num_attention_heads or [groups * share]):
+            sizes = (layers, hidden, ffn, heads, groups)
+            if sizes not in seen:
+                seen.add(sizes)
+                yield dict(zip(SIZES, sizes, strict=True))
+
+
+def _with_preset(grid: GridConfig) -> GridConfig:
+    """The grid with the axes of its preset where it names none."""
+    if grid.preset is None:
+        return grid
+    names = (field.name for field in dataclasses.fields(grid) if field.name != "preset")
+    axes = {name: getattr(grid, name) for name in names if getattr(grid, name) is not None}
+    if axes.keys() & {"ffn_hidden_size", "ffn_multiples"}:
+        axes = {"ffn_hidden_size": None, "ffn_multiples": None} | axes
+    return dataclasses.replace(PRESETS[grid.preset], **axes)
 
 
 def find_shapes(
@@ -190,7 +109,7 @@ def find_shapes(
     """
     found, refused = [], []
     met: dict[str, list[float]] = {name: [] for name in costs}
-    for sizes in grid.combinations(source):
+    for sizes in combinations(grid, source):
         try:
             arch = dataclasses.replace(source, **sizes)
             check(arch)

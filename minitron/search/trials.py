@@ -22,13 +22,15 @@ from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel, build_chunks, check_parallel, freeze
 from minitron.model.sharding import save_model
 from minitron.model.weights import WeightReader
-from minitron.parallel import ParallelConfig, Topology, on_rank_zero
+from minitron.parallel import Topology, on_rank_zero
 from minitron.prune.pruning import PrunedWeights, plan_pruning
 from minitron.prune.scores import ImportanceScores
-from minitron.prune.target import PruneConfig
-from minitron.search.space import SIZES
+from minitron.prune.target import target_shape
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import PruneConfig
+from minitron.sections.search import SIZES
+from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles, checkpoint_path, load_checkpoint
-from minitron.train.config import TrainConfig
 from minitron.train.loop import CHECKPOINTS, Trainer
 from minitron.train.objective import LanguageModeling, Objective
 
@@ -45,7 +47,7 @@ def check_candidate(source: Architecture, arch: Architecture, parallel: Parallel
     if arch == source:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise MinitronError(f"{shown} is the model's own shape")
-    PruneConfig(**sizes).target(source)
+    target_shape(PruneConfig(**sizes), source)
     check_parallel(arch, parallel)
 
 

@@ -19,6 +19,7 @@ from minitron.eval.perplexity import evaluate
 from minitron.metrics import METRICS, MetricsWriter, log, progress, read_metrics
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import TokenMeans, run_schedule
+from minitron.sections.train import TrainConfig
 from minitron.stage import StopRequest
 from minitron.train.checkpoint import (
     ModelFiles,
@@ -28,7 +29,6 @@ from minitron.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from minitron.train.config import TrainConfig
 from minitron.train.objective import Objective
 from minitron.train.optimizer import (
     build_optimizer,

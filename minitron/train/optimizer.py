@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from minitron import platform
 from minitron.model.llama import LlamaModel
-from minitron.train.config import TrainConfig
+from minitron.sections.train import TrainConfig
 
 
 class _SingleReplica(DistributedDataParallel):

@@ -20,22 +20,16 @@ from typing import Any
 import yaml
 
 from minitron import artifact, config, parallel
-from minitron.data.batches import (
-    DataConfig,
-    EvalBatches,
-    TrainBatches,
-    open_train,
-    open_windows,
-    prepare_data,
-)
+from minitron.data.batches import EvalBatches, TrainBatches, open_train, open_windows, prepare_data
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.metrics import log
 from minitron.model.llama import LlamaModel
 from minitron.model.sharding import save_model
 from minitron.parallel import Topology
+from minitron.sections.data import DataConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles
-from minitron.train.config import TrainConfig
 
 # What says only how this attempt is made.
 _ATTEMPT_KEYS = ("out", "resume", "overwrite", "until_step", "allow_change")

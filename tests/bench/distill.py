@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from minitron import platform
+from minitron.sections.parallel import Precision
 from tests.bench import pipeline
 from tests.bench.plain import Plain
 from tests.bench.runner import describe_machine, write_results
@@ -42,7 +42,7 @@ COST = 1.10  # of a distillation step, over the teacher's forward and a language
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first gradient norm, relative
 
 
-def _small(vocabulary: int, precision: platform.Precision, speedup: float) -> Problem:
+def _small(vocabulary: int, precision: Precision, speedup: float) -> Problem:
     shapes = (
         dataclasses.replace(arch, vocab_size=vocabulary, max_position_embeddings=512)
         for arch in (pipeline.TEACHER, pipeline.STUDENT)

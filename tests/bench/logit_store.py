@@ -21,7 +21,6 @@ from torch import Tensor
 from minitron import metrics
 from minitron.data.batches import EvalBatches, open_windows
 from minitron.distill.offline.block import (
-    FloatType,
     TokenTargets,
     decode_draws,
     decode_top_k,
@@ -36,7 +35,9 @@ from minitron.ops.objectives import KL, KnownTokens
 from minitron.ops.sample_tokens import sample_tokens
 from minitron.ops.sparse_kl import SparseKL
 from minitron.ops.top_tokens import top_tokens
-from minitron.parallel import ParallelConfig, Topology, initialize
+from minitron.parallel import Topology, initialize
+from minitron.sections.distill import FloatType
+from minitron.sections.parallel import ParallelConfig
 
 DATA = "data/docstrings.train"
 SAMPLES, SEQ_LENGTH = 64, 128  # whose divergence and gradient are compared

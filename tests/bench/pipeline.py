@@ -38,15 +38,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from minitron import platform
 from minitron.data.batches import Batch, collate
 from minitron.data.sampling import Sample
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.distill.losses import LogitDistillation
+from minitron.distill.teacher import Teacher
 from minitron.model.arch import Architecture
 from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.schedule import run_schedule
 from minitron.ops.linear_kl import TeacherHidden, linear_kl
-from minitron.parallel import ParallelConfig, Topology, initialize, split_layers
-from minitron.train.config import TrainConfig
+from minitron.parallel import Topology, initialize
+from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.parallel import ParallelConfig, split_layers
+from minitron.sections.train import TrainConfig
 from minitron.train.optimizer import build_optimizer, set_learning_rate, wrap_chunk
 from tests.bench.runner import describe_machine, write_results
 from tests.harness import close_pool, run_distributed

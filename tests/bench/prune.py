@@ -33,11 +33,13 @@ from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_llama, freeze
 from minitron.model.schedule import run_schedule
 from minitron.model.weights import WeightWriter
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from minitron.parallel import initialize, on_rank_zero
 from minitron.prune.baselines import baseline_scores
 from minitron.prune.importance import collect_importance
 from minitron.prune.pruning import plan_pruning, prune_model
-from minitron.prune.target import PruneConfig
+from minitron.prune.target import target_shape
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import PruneConfig
 from tests.bench.runner import describe_machine, write_results
 from tests.harness import close_pool, run_distributed
 from tests.runs import VOCAB, write_tokens
@@ -144,7 +146,7 @@ def prune(source: Path, out: Path, keys: dict[str, int]) -> None:
         out.mkdir()
 
     on_rank_zero(create)
-    prune_model(source, out, plan_pruning(arch, PruneConfig(**keys).target(arch), scores))
+    prune_model(source, out, plan_pruning(arch, target_shape(PruneConfig(**keys), arch), scores))
 
 
 def peak_memory(function: Callable[..., None], *arguments: object) -> float:

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from minitron import platform
-from minitron.data.batches import DataConfig, TrainBatches, open_train
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.data.batches import TrainBatches, open_train
+from minitron.distill.losses import LogitDistillation
+from minitron.distill.teacher import Teacher
 from minitron.model.arch import Architecture
 from minitron.model.initial import InitialWeights
 from minitron.model.llama import LlamaModel, build_llama
 from minitron.model.schedule import run_schedule
-from minitron.parallel import ParallelConfig, Topology, initialize
-from minitron.train.config import TrainConfig
+from minitron.parallel import Topology, initialize
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.train import TrainConfig
 from minitron.train.loop import Trainer
 from minitron.train.objective import LanguageModeling, Objective
 from tests.runs import write_tokens
@@ -34,7 +37,7 @@ class Problem:
 
     teacher: Architecture
     student: Architecture
-    precision: platform.Precision
+    precision: Precision
     micro_batch_size: int
     num_microbatches: int
     seq_length: int

@@ -4,19 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from minitron.data.batches import (
-    DataConfig,
-    EvalBatches,
-    TrainBatches,
-    open_train,
-    open_windows,
-    prepare_data,
-)
+from minitron.data.batches import EvalBatches, TrainBatches, open_train, open_windows, prepare_data
 from minitron.data.indexed import TokenStream
 from minitron.data.preprocess import preprocess
 from minitron.data.sampling import Blend, TokenWindows
 from minitron.data.tokenizer import load_tokenizer
 from minitron.errors import MinitronError
+from minitron.sections.data import DataConfig
 
 
 def train_batches(source, rank=0, size=1, *, micro=2, total=8, seed=5):

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from minitron.data.indexed import TokenStream
-from minitron.data.responses import (
-    PromptConfig,
-    append_responses,
-    count_answered,
-    read_prompts,
-    write_responses,
-)
+from minitron.data.responses import append_responses, count_answered, read_prompts, write_responses
 from minitron.errors import MinitronError
+from minitron.sections.data import PromptConfig
 
 CONTEXT = 50
 

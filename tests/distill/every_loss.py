@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron.distill.intermediate import IntermediateConfig
-from minitron.distill.losses import AGREEMENT_STRIDE, DistillConfig
+from minitron.distill.losses import AGREEMENT_STRIDE
 from minitron.distill.offline.store import LogitStore
+from minitron.sections.distill import DistillConfig, IntermediateConfig
 from tests import reference
 from tests.ops import definitions
 from tests.runs import VOCAB, Run

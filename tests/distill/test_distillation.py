@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import TeacherConfig
+from minitron.distill.losses import LogitDistillation
 from minitron.metrics import read_metrics
 from minitron.model.sharding import save_model
 from minitron.parallel import initialize
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.loop import Trainer
 from tests import reference
 from tests.runs import (

@@ -13,22 +13,22 @@ from unittest import mock
 import pytest
 import torch
 
-from minitron.data.batches import DataConfig
 from minitron.distill import losses, states
 from minitron.distill.intermediate import IntermediateDistillation
 from minitron.distill.losses import LogitDistillation
-from minitron.distill.offline.cache import CacheConfig
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.distill.teacher import Teacher, teacher_topology
 from minitron.model.llama import build_chunks, build_llama
 from minitron.model.sharding import load_weights, open_model, packed_parameters
 from minitron.ops import linear_kl
 from minitron.parallel import initialize
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import CacheConfig, TeacherConfig
+from minitron.sections.train import TrainConfig
 from minitron.train import loop
 from minitron.train.checkpoint import Position
-from minitron.train.config import TrainConfig
 from tests.distill.every_loss import CASES, TEMPERATURE, Oracle
 from tests.distill.offline.stores import write_store
 from tests.runs import MEASURED, SEED, SEQ_LENGTH, VOCAB, Run, open_batches, run_on, write_tokens
@@ -137,7 +137,7 @@ class _Bench:
 
     def _build_teacher(self, kind):
         config = self._run.teacher
-        topology = config.topology(self._topology, self._teacher_arch.num_layers)
+        topology = teacher_topology(config, self._topology, self._teacher_arch.num_layers)
         model = build_llama(self._teacher_arch, topology, self._teacher_weights, dtype=self._dtype)
         return kind(model, config)
 

@@ -11,14 +11,15 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minitron.distill import gates
-from minitron.distill.losses import DistillConfig, LogitDistillation
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.distill.losses import LogitDistillation
+from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model import hf
 from minitron.model.llama import padded_vocab_size
 from minitron.parallel import initialize
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.loop import Trainer
 from tests import reference
 from tests.runs import (

@@ -12,14 +12,14 @@ import torch
 from minitron import platform
 from minitron.data.batches import Batch
 from minitron.distill import intermediate, states
-from minitron.distill.intermediate import IntermediateConfig
+from minitron.distill.intermediate import find_pairs
 from minitron.distill.relations import relation_loss
-from minitron.distill.teacher import TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model import hf
 from minitron.parallel import initialize
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import IntermediateConfig, TeacherConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.loop import Trainer
 from tests import reference, runs
 from tests.runs import (
@@ -419,18 +419,18 @@ TEACHER = hf.architecture_from_config(tiny_config(num_hidden_layers=6).to_dict()
 
 def test_the_default_is_the_papers_pair():
     config = IntermediateConfig(states=["block_output", "embedding"])
-    assert [pair.name for pair in config.pairs(STUDENT, TEACHER)] == [
+    assert [pair.name for pair in find_pairs(config, STUDENT, TEACHER)] == [
         "intermediate/block_output_1",
         "intermediate/embedding",
     ]
-    assert config.pairs(STUDENT, TEACHER)[0].teacher.layer == 3
-    assert IntermediateConfig().pairs(STUDENT, TEACHER) == []
+    assert find_pairs(config, STUDENT, TEACHER)[0].teacher.layer == 3
+    assert find_pairs(IntermediateConfig(), STUDENT, TEACHER) == []
 
 
 def test_layers_that_nothing_is_compared_at_need_not_exist():
     shallow = hf.architecture_from_config(tiny_config(num_hidden_layers=1).to_dict())
-    assert IntermediateConfig().pairs(shallow, TEACHER) == []
-    (pair,) = IntermediateConfig(states=["embedding"]).pairs(shallow, TEACHER)
+    assert find_pairs(IntermediateConfig(), shallow, TEACHER) == []
+    (pair,) = find_pairs(IntermediateConfig(states=["embedding"]), shallow, TEACHER)
     assert pair.name == "intermediate/embedding"
 
 
@@ -457,7 +457,7 @@ def test_layers_that_nothing_is_compared_at_need_not_exist():
 )
 def test_settings_that_make_no_sense_are_refused(values, message):
     with pytest.raises(MinitronError, match=f"^{re.escape(message)}$"):
-        IntermediateConfig(**{"states": ["block_output"], **values}).pairs(STUDENT, TEACHER)
+        find_pairs(IntermediateConfig(**{"states": ["block_output"], **values}), STUDENT, TEACHER)
 
 
 @pytest.mark.parametrize(
@@ -475,4 +475,4 @@ def test_relations_of_other_heads_are_refused(key, name, value):
         "distill.intermediate.states"
     )
     with pytest.raises(MinitronError, match=f"^{re.escape(message)}$"):
-        IntermediateConfig(states=["attention_relation"]).pairs(STUDENT, other)
+        find_pairs(IntermediateConfig(states=["attention_relation"]), STUDENT, other)

@@ -9,12 +9,11 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from minitron.data.batches import EvalBatches, open_windows
-from minitron.distill.losses import DistillConfig
-from minitron.distill.teacher import TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model.weights import SINGLE_FILE
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.train import TrainConfig
 from tests import reference, runs
 from tests.ops import definitions
 from tests.runs import SEQ_LENGTH, VOCAB, Run, run_on, write_tokens

@@ -12,12 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minitron import platform
 from minitron.data.batches import Batch
 from minitron.distill import teacher as teacher_module
-from minitron.distill.teacher import Teacher, TeacherConfig
+from minitron.distill.teacher import Teacher
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model.schedule import split_windows
 from minitron.parallel import initialize
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import TeacherConfig
+from minitron.sections.train import TrainConfig
 from tests import runs
 from tests.runs import SEQ_LENGTH, VOCAB, Run, build_teacher, load_tensors, run_on, write_tokens
 from tests.tiny import save_llama

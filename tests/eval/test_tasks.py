@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from minitron.data.tokenizer import find_tokenizer, train_sentencepiece
 from minitron.errors import MinitronError
-from minitron.eval.tasks import TaskConfig, Tasks, task_table
+from minitron.eval.tasks import Tasks, task_table
 from minitron.model.llama import freeze
 from minitron.parallel import initialize
+from minitron.sections.eval import TaskConfig
 from tests.runs import build_model, run_on
 from tests.tiny import save_llama
 

@@ -116,7 +116,7 @@ MISTAKES = {
             "prune": ("--model", "short", "--prune.drop_layers", 1),
         }.items()
     },
-    "no model directory": ("eval", ("--model", "no", *DATA), "no is not a directory; give a Hugg"),
+    "no model directory": ("eval", ("--model", "no", *DATA), "--model.path no does not exist in "),
     "no config": ("eval", ("--model", "full", *DATA), "full has no config.json; give a Hugging"),
     "no weights": ("eval", ("--model", "weightless", *DATA), "has neither model.safetensors nor"),
     "truncated weights": (
@@ -234,7 +234,7 @@ MISTAKES = {
     "no tokenizer file": (
         "train",
         (*TRAIN, "--tokenizer", "no.model"),
-        "tokenizer no.model does not exist; give a directory",
+        "--tokenizer.path no.model does not exist in .*; correct the path",
     ),
     "text without a tokenizer": (
         "eval",
@@ -311,7 +311,7 @@ MISTAKES = {
     "no run": (
         "export",
         ("--checkpoint", "no"),
-        "no is not a directory; give the --out of a training",
+        "--checkpoint.path no does not exist in ",
     ),
     "no training run": (
         "export",
@@ -321,7 +321,7 @@ MISTAKES = {
     "no such checkpoint": (
         "convert",
         ("--model", "model", "--checkpoint", "nowhere"),
-        "--checkpoint nowhere does not exist",
+        "--checkpoint.path nowhere does not exist in ",
     ),
     "no checkpoint": (
         "convert",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minitron.train.config import TrainConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.optimizer import learning_rate
 from tests.launch.launcher import LAUNCH, launch
 from tests.runs import SEQ_LENGTH, VOCAB, load_tensors, write_tokens

@@ -9,7 +9,8 @@ import typing
 import pytest
 
 from minitron import config
-from minitron.prune.depth import LayerRanking
+from minitron.prune.target import target_shape
+from minitron.sections.prune import LayerRanking
 from tests.launch.launcher import LAUNCH, ROOT
 from tests.launch.test_published_recipes import LLAMA_8B
 
@@ -37,7 +38,7 @@ def test_a_command_is_taken(command):
     stage = (ROOT / script).stem
     recipe = parse(stage, arguments)
     if stage == "prune":
-        assert recipe.prune.target(LLAMA_8B) != LLAMA_8B
+        assert target_shape(recipe.prune, LLAMA_8B) != LLAMA_8B
 
 
 def test_every_ranking_has_its_command():

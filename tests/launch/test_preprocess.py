@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(corpus, tmp_path):
     for arguments, message in [
         (["--tokenizer=t", "--out=x"], "--data.path is missing"),
         (["--data=a.txt", "--out=x"], "either --tokenizer.path or --tokenizer.train_vocab_size"),
-        (["--data=a.txt", "--out=x", "--tokenizer=t"], "tokenizer t does not exist; give a"),
+        (["--data=a.txt", "--out=x", "--tokenizer=t"], "--tokenizer.path t does not exist in "),
         (
             ["--data=a.txt", "--out=x", "--tokenizer=t", "--tokenizer.train_vocab_size=9"],
             "both were given",

@@ -8,6 +8,7 @@ import pytest
 
 from minitron import config
 from minitron.model.arch import Architecture
+from minitron.prune.target import target_shape
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -51,7 +52,7 @@ def test_every_published_recipe_is_listed_here():
 def test_pruned_shapes(name, num_parameters):
     recipe = parse(name)
     dropped = recipe.prune.drop_layers or []
-    assert recipe.prune.target(LLAMA_8B).num_parameters == num_parameters
+    assert target_shape(recipe.prune, LLAMA_8B).num_parameters == num_parameters
     assert set(range(1, 33)) - set(dropped) in ({*range(1, 33)}, {*range(1, 16), 32})
 
 

@@ -8,8 +8,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minitron.errors import MinitronError
-from minitron.model.generation import Prompt, Response, SamplingConfig, draw, generate
+from minitron.model.generation import Prompt, Response, draw, generate
 from minitron.parallel import initialize
+from minitron.sections.generate import SamplingConfig
 from tests.runs import build_model, run_on
 from tests.tiny import VARIANTS, save_llama
 

@@ -13,7 +13,8 @@ from minitron.model import hf, sharding
 from minitron.model.llama import build_llama, check_parallel
 from minitron.model.sharding import open_model, save_model
 from minitron.model.weights import INDEX_FILE, WeightWriter
-from minitron.parallel import ParallelConfig, initialize
+from minitron.parallel import initialize
+from minitron.sections.parallel import ParallelConfig
 from tests.model.round_trip import (
     assert_same_tensors,
     batch_of,

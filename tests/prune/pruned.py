@@ -5,7 +5,8 @@ from transformers import LlamaForCausalLM
 
 from minitron.model import hf
 from minitron.prune.pruning import plan_pruning, prune_model
-from minitron.prune.target import PruneConfig
+from minitron.prune.target import target_shape
+from minitron.sections.prune import PruneConfig
 from tests.tiny import logits, tiny_config
 
 ARCH = hf.architecture_from_config(tiny_config().to_dict())  # 4 layers, 32, 48, 8 heads, 2 groups
@@ -16,7 +17,7 @@ def prune(source, out, *, scores=None, **keys):
     config = PruneConfig(**keys)
     arch = hf.read_architecture(source)
     how = {k: v for k, v in keys.items() if k in ("head_ranking", "group_reduction", "merge_heads")}
-    plan = plan_pruning(arch, config.target(arch), scores, config.drop_layers, **how)
+    plan = plan_pruning(arch, target_shape(config, arch), scores, config.drop_layers, **how)
     out.mkdir()
     prune_model(source, out, plan)
     model, report = LlamaForCausalLM.from_pretrained(out, output_loading_info=True, dtype="auto")

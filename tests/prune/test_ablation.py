@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 from minitron import metrics
-from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.model import schedule
 from minitron.prune import ablation
-from minitron.prune.ablation import AblationConfig, measure_depth
+from minitron.prune.ablation import measure_depth
 from minitron.prune.depth import Ablation, DepthScores, load_depth, ranked_layers, save_depth
-from minitron.prune.importance import ImportanceConfig, open_calibration
+from minitron.prune.importance import open_calibration
+from minitron.sections.data import DataConfig
+from minitron.sections.prune import AblationConfig, ImportanceConfig
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.prune import importance
-from minitron.prune.importance import ImportanceConfig, measure_importance, open_calibration
+from minitron.prune.importance import measure_importance, open_calibration
+from minitron.sections.data import DataConfig
+from minitron.sections.prune import ImportanceConfig
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
 

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minitron.model import hf
 from minitron.model.weights import SINGLE_FILE
 from minitron.prune.pruning import plan_pruning
-from minitron.prune.target import PruneConfig
+from minitron.prune.target import target_shape
+from minitron.sections.prune import PruneConfig
 from tests.prune.pruned import ARCH, assert_same_model, best, prune
 from tests.prune.scored import random_scores
 from tests.tiny import VARIANTS, logits, save_llama
@@ -214,7 +215,7 @@ def test_width_in_two_steps_equals_one_step(tmp_path):
     scores = random_scores(ARCH)
     middle = {"hidden_size": 24, "ffn_hidden_size": 30, "num_attention_heads": 4}
     last = {"hidden_size": 16, "ffn_hidden_size": 12, "num_attention_heads": 2}
-    arch = PruneConfig(**middle).target(ARCH)
+    arch = target_shape(PruneConfig(**middle), ARCH)
     width = plan_pruning(ARCH, arch, scores).width
     kept = dataclasses.replace(
         scores,

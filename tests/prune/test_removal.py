@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.model import hf
-from minitron.parallel import ParallelConfig
-from minitron.prune.importance import ImportanceConfig, measure_importance
+from minitron.prune.importance import measure_importance
 from minitron.prune.pruning import plan_pruning, prune_model
-from minitron.prune.target import PruneConfig
+from minitron.prune.target import target_shape
+from minitron.sections.data import DataConfig
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import ImportanceConfig, PruneConfig
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import random_llama, tiny_config
 
@@ -92,7 +93,7 @@ def test_what_contributes_nothing_goes_first_and_is_not_missed(world, tmp_path, 
             scores = measured.scores(batch, sequence)
             assert scores.ffn.argmin(1).tolist() == [5] * 4
             assert scores.query_groups.argmin(1).tolist() == [0] * 4
-    plan = plan_pruning(arch, PruneConfig(**sizes).target(arch), measured.scores())
+    plan = plan_pruning(arch, target_shape(PruneConfig(**sizes), arch), measured.scores())
     prune_model(directory / "model", tmp_path, plan)
     tokens = torch.arange(SEQ_LENGTH)[None]
     with torch.no_grad():

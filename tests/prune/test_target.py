@@ -7,9 +7,10 @@ import pytest
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.llama import check_parallel
-from minitron.parallel import ParallelConfig
 from minitron.prune.pruning import comparison, needs_scores, plan_pruning
-from minitron.prune.target import PruneConfig
+from minitron.prune.target import arithmetic, target_shape
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import PruneConfig
 from tests.prune.scored import random_scores
 from tests.tiny import tiny_config
 
@@ -36,13 +37,13 @@ LLAMA_31_8B = hf.architecture_from_config(
     ],
 )
 def test_published_students(sizes, total):
-    target = PruneConfig(**sizes).target(LLAMA_31_8B)
+    target = target_shape(PruneConfig(**sizes), LLAMA_31_8B)
     assert target.num_parameters == total
     assert target.kv_channels == 128
 
 
 def test_comparison_shows_both_shapes():
-    target = PruneConfig(hidden_size=3072, ffn_hidden_size=9216).target(LLAMA_31_8B)
+    target = target_shape(PruneConfig(hidden_size=3072, ffn_hidden_size=9216), LLAMA_31_8B)
     lines = comparison(LLAMA_31_8B, target).splitlines()
     assert "8,030,261,248" in lines[-2]
     assert "4,512,746,496" in lines[-2]
@@ -91,11 +92,11 @@ def test_comparison_shows_both_shapes():
 )
 def test_shapes_that_pruning_cannot_reach(sizes, message):
     with pytest.raises(MinitronError, match=message):
-        PruneConfig(**sizes).target(ARCH)
+        target_shape(PruneConfig(**sizes), ARCH)
 
 
 def test_consistent_depth_keys_are_accepted():
-    assert PruneConfig(drop_layers=[1, 2], num_layers=2).target(ARCH).num_layers == 2
+    assert target_shape(PruneConfig(drop_layers=[1, 2], num_layers=2), ARCH).num_layers == 2
 
 
 @pytest.mark.parametrize(
@@ -114,12 +115,12 @@ def test_consistent_depth_keys_are_accepted():
 )
 def test_when_scores_are_needed(sizes, needed):
     config = PruneConfig(**sizes)
-    assert needs_scores(ARCH, config.target(ARCH), config.drop_layers) == needed
+    assert needs_scores(ARCH, target_shape(config, ARCH), config.drop_layers) == needed
 
 
 def test_scores_of_another_shape_are_refused():
     scores = random_scores(dataclasses.replace(ARCH, ffn_hidden_size=40))
-    target = PruneConfig(hidden_size=24).target(ARCH)
+    target = target_shape(PruneConfig(hidden_size=24), ARCH)
     with pytest.raises(MinitronError, match=r"scores.ffn has shape \[4, 40\], the .* \[4, 48\]"):
         plan_pruning(ARCH, target, scores)
 
@@ -128,7 +129,7 @@ def test_groups_that_pooling_cannot_reach():
     config = PruneConfig(num_query_groups=3, group_reduction="mean")
     message = "num_query_groups=3 does not divide the model's 8 .* choose 1, 2, 4 or 8"
     with pytest.raises(MinitronError, match=message):
-        config.target(LLAMA_31_8B)
+        target_shape(config, LLAMA_31_8B)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_groups_that_pooling_cannot_reach():
     ],
 )
 def test_query_heads_that_follow_from_key_value_heads(keys, heads, groups):
-    target = PruneConfig(**keys).target(LLAMA_31_8B)
+    target = target_shape(PruneConfig(**keys), LLAMA_31_8B)
     assert (target.num_attention_heads, target.num_query_groups) == (heads, groups)
 
 
@@ -156,10 +157,10 @@ def test_rounding_shows_its_arithmetic():
         target_tensor_parallel_size=4,
         group_reduction="mean",
     )
-    target = config.target(LLAMA_31_8B)
+    target = target_shape(config, LLAMA_31_8B)
     assert (target.num_query_groups, target.num_attention_heads) == (4, 28)
     assert (target.hidden_size, target.ffn_hidden_size) == (2688, 9216)
-    assert config.arithmetic(LLAMA_31_8B) == [
+    assert arithmetic(config, LLAMA_31_8B) == [
         "num_query_groups: 5 -> 4, a multiple or divisor of 4 ranks",
         "num_attention_heads: 26 -> 28, a multiple of 4 = lcm(4 key/value heads, 4 ranks)",
         "hidden_size: 3000 -> 2688, a multiple of 896 = lcm(128, 28 heads, which transformers "
@@ -180,7 +181,7 @@ def test_rounded_shapes_run_on_the_ranks_they_are_rounded_for(tp, multiple):
             multiple=multiple,
             target_tensor_parallel_size=tp,
         )
-        target = config.target(LLAMA_31_8B)
+        target = target_shape(config, LLAMA_31_8B)
         check_parallel(target, ParallelConfig(tensor_model_parallel_size=tp))
         assert target.hidden_size % multiple == 0
         assert target.ffn_hidden_size // tp % multiple == 0
@@ -254,10 +255,10 @@ def test_only_what_is_asked_for_is_rounded(keys, sizes, lines):
     config = PruneConfig(**keys)
     if sizes is None:
         with pytest.raises(MinitronError, match=lines):
-            config.target(LLAMA_31_8B)
+            target_shape(config, LLAMA_31_8B)
         return
-    target = config.target(LLAMA_31_8B)
-    assert config.arithmetic(LLAMA_31_8B) == lines
+    target = target_shape(config, LLAMA_31_8B)
+    assert arithmetic(config, LLAMA_31_8B) == lines
     names = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
     assert tuple(getattr(target, name) for name in names) == sizes
 
@@ -265,22 +266,22 @@ def test_only_what_is_asked_for_is_rounded(keys, sizes, lines):
 def test_rounds_of_heads_never_leave_a_hidden_size_that_nobody_gave():
     arch, shapes = LLAMA_31_8B, []
     for left in (4, 3, 2, 1):
-        arch = PruneConfig(num_query_groups=2, rounds=left).target(arch)
+        arch = target_shape(PruneConfig(num_query_groups=2, rounds=left), arch)
         shapes.append((arch.hidden_size, arch.num_attention_heads, arch.num_query_groups))
     assert shapes == [(4096, 32, 8), (4096, 32, 8), (4096, 16, 4), (4096, 8, 2)]
 
 
 def test_without_rounding_sizes_are_those_asked_for():
     config = PruneConfig(hidden_size=3008, ffn_hidden_size=9217)
-    assert config.arithmetic(LLAMA_31_8B) == []
-    assert config.target(LLAMA_31_8B).ffn_hidden_size == 9217
+    assert arithmetic(config, LLAMA_31_8B) == []
+    assert target_shape(config, LLAMA_31_8B).ffn_hidden_size == 9217
 
 
 def test_rounds_divide_the_way_and_end_at_the_shape():
     asked = {"hidden_size": 3072, "ffn_hidden_size": 9216, "num_layers": 20}
     arch, shapes = LLAMA_31_8B, []
     for left in (4, 3, 2, 1):
-        arch = PruneConfig(rounds=left, **asked).target(arch)
+        arch = target_shape(PruneConfig(rounds=left, **asked), arch)
         shapes.append((arch.hidden_size, arch.ffn_hidden_size, arch.num_layers))
     way = [(3840, 13056, 29), (3584, 11776, 26), (3328, 10496, 23), (3072, 9216, 20)]
     assert shapes == way
@@ -292,7 +293,7 @@ def test_every_round_is_a_shape_that_ranks_can_share(reduction):
     config |= {"group_reduction": reduction, "target_tensor_parallel_size": 2, "multiple": 64}
     arch = LLAMA_31_8B
     for left in (3, 2, 1):
-        arch = PruneConfig(rounds=left, **config).target(arch)
+        arch = target_shape(PruneConfig(rounds=left, **config), arch)
         check_parallel(arch, ParallelConfig(tensor_model_parallel_size=2))
     assert (arch.hidden_size, arch.num_query_groups) == (2048, 2)
 

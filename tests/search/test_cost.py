@@ -6,7 +6,8 @@ import torch
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.search import cost
-from minitron.search.cost import DeploymentConfig, LatencyMeter, memory_gb
+from minitron.search.cost import LatencyMeter, memory_gb
+from minitron.sections.search import DeploymentConfig
 from tests.search.test_space import LLAMA_8B
 from tests.tiny import save_llama, tiny_config
 

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from minitron.errors import MinitronError
-from minitron.search.race import RaceConfig, run_race
+from minitron.search.race import run_race
+from minitron.sections.search import RaceConfig
 
 # A slow starter (d) that would win, one that leads early (a), and one that is never good (e).
 LOSSES = {

@@ -7,7 +7,8 @@ import pytest
 from minitron.errors import MinitronError
 from minitron.search.plot import plot_race, ranks
 from minitron.search.results import Candidate, Results, load_results
-from minitron.search.space import BudgetConfig, GridConfig, find_shapes
+from minitron.search.space import find_shapes
+from minitron.sections.search import BudgetConfig, GridConfig
 from tests.search.test_space import LLAMA_8B, accept, params
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
-from minitron.parallel import ParallelConfig
-from minitron.search.space import SIZES, BudgetConfig, GridConfig, Shape, find_shapes
+from minitron.search.space import Shape, combinations, find_shapes
 from minitron.search.trials import check_candidate
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.search import SIZES, BudgetConfig, GridConfig
 
 LLAMA_8B = Architecture(
     num_layers=32,
@@ -127,19 +128,19 @@ def test_what_lies_between_the_two_llamas():
 
 def test_axes_that_are_not_given_stay_and_those_given_win_over_the_preset():
     grid = GridConfig(preset="minitron_4b", num_layers=[16], ffn_hidden_size=[64, 32])
-    sizes = list(grid.combinations(NEMOTRON_15B))
+    sizes = list(combinations(grid, NEMOTRON_15B))
     assert {s["num_layers"] for s in sizes} == {16}
     assert {s["ffn_hidden_size"] for s in sizes} == {32, 64}
     assert {s["num_query_groups"] for s in sizes} == {8}
     assert len(sizes) == 5 * 2 * 3
-    assert list(GridConfig().combinations(LLAMA_8B)) == [
+    assert list(combinations(GridConfig(), LLAMA_8B)) == [
         {name: getattr(LLAMA_8B, name) for name in SIZES}
     ]
 
 
 def test_query_heads_stay_with_their_group_and_no_shape_comes_twice():
     grid = GridConfig(num_query_groups=[8, 4], ffn_multiples=[2.0, 2.0], hidden_size=[4096])
-    sizes = [tuple(s.values()) for s in grid.combinations(LLAMA_8B)]
+    sizes = [tuple(s.values()) for s in combinations(grid, LLAMA_8B)]
     assert sizes == [(32, 4096, 8192, 32, 8), (32, 4096, 8192, 16, 4)]
 
 
@@ -153,7 +154,7 @@ def test_each_budget_keeps_what_brute_force_keeps():
         "memory_gb": lambda arch: arch.num_layers * arch.num_query_groups,
         "latency": lambda arch: arch.hidden_size / arch.num_layers,
     }
-    everything = [replace(LLAMA_8B, **sizes) for sizes in grid.combinations(LLAMA_8B)]
+    everything = [replace(LLAMA_8B, **sizes) for sizes in combinations(grid, LLAMA_8B)]
     limits = {
         "params": [1e9, 3e9],
         "non_embedding_params": [2e9],

@@ -17,6 +17,7 @@ from minitron.metrics import read_metrics
 from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import initialize
+from minitron.sections.train import TrainConfig
 from minitron.train import checkpoint
 from minitron.train.checkpoint import (
     CHECKSUMS,
@@ -27,7 +28,6 @@ from minitron.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from minitron.train.config import TrainConfig
 from minitron.train.optimizer import build_optimizer, wrap_chunk
 from tests import reference, runs
 from tests.runs import (

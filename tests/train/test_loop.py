@@ -9,11 +9,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minitron.data.batches import EvalBatches, open_windows
-from minitron.distill.intermediate import IntermediateConfig
-from minitron.distill.teacher import TeacherConfig
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import IntermediateConfig, TeacherConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.optimizer import learning_rate
 from tests import reference, runs
 from tests.runs import MEASURED, SEQ_LENGTH, VOCAB, Run, load_tensors, run_on, write_tokens

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from minitron.distill import losses
-from minitron.distill.teacher import TeacherConfig
 from minitron.metrics import read_metrics
 from minitron.model.weights import SINGLE_FILE
 from minitron.ops.linear_kl import linear_kl
-from minitron.train.config import TrainConfig
+from minitron.sections.distill import TeacherConfig
+from minitron.sections.train import TrainConfig
 from tests import reference, runs
 from tests.runs import SEQ_LENGTH, VOCAB, Run, run_on, write_tokens
 from tests.tiny import save_llama

@@ -9,9 +9,10 @@ import yaml
 
 from minitron import artifact, config
 from minitron.errors import MinitronError
-from minitron.parallel import ParallelConfig, initialize
+from minitron.parallel import initialize
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles
-from minitron.train.config import TrainConfig
 from minitron.train.run import finish_run, open_run
 from tests.runs import build_model, load_tensors, run_on
 from tests.tiny import save_llama

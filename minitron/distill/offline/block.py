@@ -14,13 +14,13 @@ draws, the counts are exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-FloatType = Literal["fp16", "fp32"]
+from minitron.sections.distill import FloatType
 
 MAX_ID = (1 << 24) - 1
 

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from minitron import artifact
 from minitron.data.batches import Batch
 from minitron.data.tokenizer import Tokenizer
-from minitron.distill.offline.block import MAX_ID, FloatType, encode_draws, encode_top_k
+from minitron.distill.offline.block import MAX_ID, encode_draws, encode_top_k
 from minitron.distill.offline.files import (
     SAMPLES,
     SHARDS,
@@ -49,6 +48,7 @@ from minitron.model.schedule import run_schedule
 from minitron.ops.sample_tokens import sample_tokens
 from minitron.ops.top_tokens import top_tokens
 from minitron.parallel import barrier, is_rank_zero, on_rank_zero
+from minitron.sections.distill import CacheConfig
 
 # A shard is what a killed run may lose of a replica's work, and what replicas share out.
 _SHARD_TOKENS = 1 << 22
@@ -56,54 +56,22 @@ _LEAST_SHARDS = 64
 _CHUNK_TOKENS = 2048  # whose logits exist at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """What to keep of the teacher's distribution at each token: `top_k` or `draws`."""
+def check_vocabulary(config: CacheConfig, vocab_size: int) -> None:
+    """Refuse what a teacher with so many tokens cannot give.
 
-    top_k: int | None = None
-    """The most probable successors, with the probability of all others as one more number."""
-    draws: int | None = None
-    """Successors drawn in proportion to their probability, an unbiased estimate of all of it; the
-    KL divergence that it gives may be below zero."""
-    temperature: float = 1.0
-    """Divides the logits; has to be the `distill.temperature` of the students."""
-    max_samples: int | None = None
-    """Only the training samples that a run with the same data and seed visits first, validation
-    not counted; null for all."""
-    floats: FloatType = "fp16"
-    """Of stored logarithms."""
-    micro_batch_size: int = 1
-    """Samples that one data-parallel rank takes through the model at a time."""
-
-    def __post_init__(self) -> None:
-        if (self.top_k is None) == (self.draws is None):
-            given = "both were given" if self.top_k is not None else "neither was given"
-            raise MinitronError(f"give either --cache.top_k or --cache.draws; {given}")
-        for name in ("top_k", "draws", "max_samples", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MinitronError(f"cache.{name}={value} must be at least 1")
-        if self.draws is not None and self.draws >= 1 << 16:
-            raise MinitronError(f"cache.draws={self.draws} must be below {1 << 16}")
-        if self.temperature <= 0:
-            raise MinitronError(f"cache.temperature={self.temperature} must be positive")
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse what a teacher with so many tokens cannot give.
-
-        Raises:
-            MinitronError: with the size.
-        """
-        if self.top_k is not None and self.top_k > vocab_size:
-            raise MinitronError(
-                f"cache.top_k={self.top_k} is more than the teacher's vocabulary of {vocab_size}; "
-                "lower it"
-            )
-        if vocab_size > MAX_ID + 1:
-            raise MinitronError(
-                f"the teacher's vocabulary of {vocab_size} is above {MAX_ID + 1}, which the "
-                "store's ids have room for"
-            )
+    Raises:
+        MinitronError: with the size.
+    """
+    if config.top_k is not None and config.top_k > vocab_size:
+        raise MinitronError(
+            f"cache.top_k={config.top_k} is more than the teacher's vocabulary of {vocab_size}; "
+            "lower it"
+        )
+    if vocab_size > MAX_ID + 1:
+        raise MinitronError(
+            f"the teacher's vocabulary of {vocab_size} is above {MAX_ID + 1}, which the "
+            "store's ids have room for"
+        )
 
 
 def describe(

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron import artifact
-from minitron.distill.offline.block import FloatType
 from minitron.errors import MinitronError
+from minitron.sections.distill import FloatType
 
 STORE, SAMPLES, SHARDS = "store.json", "samples.npy", "shards"
 _VERSION = 2

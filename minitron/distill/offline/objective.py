@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from minitron.data.batches import Batch
-from minitron.distill.losses import Distillation, DistillConfig
+from minitron.distill.losses import Distillation
 from minitron.distill.offline.teacher import StoredTeacher
 from minitron.errors import MinitronError
 from minitron.model.llama import LlamaModel
 from minitron.ops.linear_kl import LinearLosses
 from minitron.ops.sparse_kl import SparseKL
+from minitron.sections.distill import DistillConfig
 
 
 class StoredDistillation(Distillation):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron.data.batches import Batch, DataConfig, collate, open_train, open_windows
+from minitron.data.batches import Batch, collate, open_train, open_windows
 from minitron.data.sampling import Sample, TokenWindows
 from minitron.distill.offline.files import sample_key, split_key
 from minitron.metrics import progress
+from minitron.sections.data import DataConfig
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from minitron import artifact
-from minitron.data.batches import DataConfig
 from minitron.distill.offline.cache import (
-    CacheConfig,
     check_continues,
     close_store,
     describe,
@@ -15,7 +13,10 @@ from minitron.distill.offline.cache import (
 from minitron.distill.offline.samples import choose_samples
 from minitron.model.hf import read_architecture
 from minitron.model.llama import freeze
-from minitron.parallel import ParallelConfig, initialize, on_rank_zero
+from minitron.parallel import initialize, on_rank_zero
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import CacheConfig
+from minitron.sections.parallel import ParallelConfig
 from tests.runs import build_model
 
 

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from minitron import artifact, metrics
-from minitron.data.batches import DataConfig
 from minitron.data.indexed import TokenStream
 from minitron.data.sampling import Blend, TokenWindows
-from minitron.distill.offline.cache import CacheConfig, draw_uniform
+from minitron.distill.offline.cache import check_vocabulary, draw_uniform
 from minitron.distill.offline.files import shard_path, split_key
 from minitron.distill.offline.samples import choose_samples
 from minitron.distill.offline.store import LogitStore
 from minitron.errors import MinitronError
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import CacheConfig
 from tests.distill.offline.stores import write_store
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
@@ -180,6 +181,6 @@ def test_config_mistakes_are_refused(values, message):
 def test_a_vocabulary_that_is_too_small_or_too_large_is_refused():
     message = r"cache\.top_k=5 is more than the teacher's vocabulary of 4; lower it"
     with pytest.raises(MinitronError, match=message):
-        TOP_K.check_vocabulary(4)
+        check_vocabulary(TOP_K, 4)
     with pytest.raises(MinitronError, match=r"vocabulary of 16777217 is above 16777216"):
-        TOP_K.check_vocabulary((1 << 24) + 1)
+        check_vocabulary(TOP_K, (1 << 24) + 1)

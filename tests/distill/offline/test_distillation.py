@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minitron.data.batches import DataConfig, EvalBatches, open_windows
-from minitron.distill.losses import DistillConfig
-from minitron.distill.offline.cache import CacheConfig
+from minitron.data.batches import EvalBatches, open_windows
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher, without_padding
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.parallel import initialize
-from minitron.train.config import TrainConfig
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import CacheConfig, DistillConfig
+from minitron.sections.train import TrainConfig
 from minitron.train.loop import Trainer
 from tests import reference
 from tests.distill.offline.stores import write_store

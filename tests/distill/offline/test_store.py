@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minitron import artifact
-from minitron.data.batches import DataConfig, EvalBatches, TrainBatches, open_train, open_windows
+from minitron.data.batches import EvalBatches, TrainBatches, open_train, open_windows
 from minitron.distill.offline.block import encode_top_k
-from minitron.distill.offline.cache import CacheConfig, close_store, describe, open_store
+from minitron.distill.offline.cache import close_store, describe, open_store
 from minitron.distill.offline.files import (
     SAMPLES,
     STORE,
@@ -21,6 +21,8 @@ from minitron.distill.offline.files import (
 from minitron.distill.offline.samples import choose_samples
 from minitron.distill.offline.store import LogitStore
 from minitron.errors import MinitronError
+from minitron.sections.data import DataConfig
+from minitron.sections.distill import CacheConfig
 from tests.runs import SEQ_LENGTH, write_tokens
 
 SEED = 3

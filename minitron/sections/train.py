@@ -1,4 +1,4 @@
-"""The `train` section of a recipe."""
+"""The `train` section: steps, batches, AdamW."""
 
 from __future__ import annotations
 
