@@ -3,18 +3,21 @@
 `checkpoints/iter_0000100/` holds the sharded model, the optimizer and the run's position, and
 beside them the model's `config.json` and tokenizer, so that a checkpoint can be exported by itself.
 The directory is written under another name and renamed, so that a run killed while saving resumes
-from the one before. What the ranks wrote has a CRC-32 in `checksums.json`, compared on loading: a
-flipped bit would otherwise stay in the run for good. The data order is a function of the seed, and
-the models have no dropout: there is no other state. Checkpoints are pickles in part, to be loaded
-only from where one would run code.
+from the one before. What the ranks wrote has CRC-32s in `checksums.json`, compared on loading: a
+flipped bit would otherwise stay in the run for good. A file holds weights and optimizer states in
+turns, each with a checksum of its own: weights can be loaded and compared without the rest. The
+data order is a function of the seed, and the models have no dropout: there is no other state.
+Checkpoints are pickles in part, to be loaded only from where one would run code.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from minitron import artifact, parallel
 from minitron.data.tokenizer import Tokenizer
@@ -38,10 +41,16 @@ from minitron.train.optimizer import use_fused
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
 _NAME = re.compile(r"iter_(\d{7,})")
+_WHOLE = ((0, 1 << 62),)
 
 # The sharding whose optimizer state can be read under another topology.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+_Part = tuple[str, str]  # weights (with all that is no tensor) or optimizer, and the file
+_Spans = Sequence[tuple[int, int]]  # begins and ends
+_INDEX: _Part = (WEIGHTS, ".metadata")  # what torch knows of the files
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,15 @@ def save_checkpoint(
     state |= _common(position, version=3.0)
     with shielding_children():
         dist_checkpointing.save(state, str(partial))
-    checksums = _checksums(partial, _listing(partial))
-    for name, checksum in checksums.items():
+    spans = _spans(partial, _listing(partial))
+    checksums: dict[str, dict[str, int]] = {WEIGHTS: {}, OPTIMIZER: {}}
+    for (part, name), checksum in _checksums(partial, spans).items():
         if checksum is None:
             raise MinitronError(
                 f"{partial / name} cannot be read by all ranks; write checkpoints to a file system "
                 "that all nodes share"
             )
+        checksums[part][name] = checksum
 
     def publish() -> None:
         artifact.write_json(partial / CHECKSUMS, checksums)
@@ -152,7 +163,7 @@ def load_checkpoint(
     """
     if not (path / "metadata.json").exists():
         raise MinitronError(f"{path} is not a torch_dist checkpoint (it has no metadata.json)")
-    _verify(path)
+    _verify(path, [WEIGHTS] if optimizer is None else [WEIGHTS, OPTIMIZER])
     if optimizer is not None:
         _create_state(optimizer)
     state = _sharded_state(model, optimizer, is_loading=True)
@@ -181,44 +192,80 @@ def _listing(directory: Path) -> list[str]:
     return sorted(set().union(*seen))
 
 
-def _checksums(directory: Path, names: Sequence[str]) -> dict[str, int | None]:
-    """CRC-32 of files, None of those that are missing; collective, each rank reads some of them."""
+def _spans(directory: Path, names: Iterable[str]) -> dict[_Part, _Spans]:
+    """Where files hold the optimizer's state, and where the rest; collective."""
+
+    def read() -> dict[str, list[tuple[int, int]]]:
+        states = defaultdict(list)
+        for item, place in FileSystemReader(directory).read_metadata().storage_data.items():
+            if item.fqn.startswith("optimizer."):
+                states[place.relative_path].append((place.offset, place.offset + place.length))
+        return dict(states)
+
+    spans: dict[_Part, _Spans] = {(WEIGHTS, name): _WHOLE for name in names}
+    for name, states in parallel.on_rank_zero(read).items():
+        states.sort()
+        edges = [0, *itertools.chain(*states), _WHOLE[0][1]]
+        spans[WEIGHTS, name] = list(zip(edges[::2], edges[1::2], strict=True))
+        spans[OPTIMIZER, name] = states
+    return spans
+
+
+def _checksums(directory: Path, spans: Mapping[_Part, _Spans]) -> dict[_Part, int | None]:
+    """CRC-32 of parts of files, None of what is missing; collective, each rank reads some."""
     rank, size = parallel.world()
-    own = names[rank::size]
+    own = sorted(spans)[rank::size]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = dict(zip(own, pool.map(_checksum, [directory / name for name in own]), strict=True))
-    gathered: list[dict[str, int | None]] = [{} for _ in range(size)]
+        checksums = pool.map(lambda part: _checksum(directory / part[1], spans[part]), own)
+        found = dict(zip(own, checksums, strict=True))
+    gathered: list[dict[_Part, int | None]] = [{} for _ in range(size)]
     dist.all_gather_object(gathered, found)
-    return {name: checksum for part in gathered for name, checksum in part.items()}
+    return {part: checksum for some in gathered for part, checksum in some.items()}
 
 
-def _checksum(path: Path) -> int | None:
+def _checksum(path: Path, spans: _Spans = _WHOLE) -> int | None:
+    """CRC-32 of the bytes from each begin to its end, or the file's; None if it cannot be read."""
     checksum = 0
     try:
         with path.open("rb") as file:
-            while piece := file.read(1 << 24):
-                checksum = zlib.crc32(piece, checksum)
+            for begin, end in spans:
+                file.seek(begin)
+                while piece := file.read(min(end - begin, 1 << 24)):
+                    checksum = zlib.crc32(piece, checksum)
+                    begin += len(piece)
     except OSError:
         return None
     return checksum
 
 
-def _verify(path: Path) -> None:
-    """Refuse a checkpoint with a file that is not what was written; collective.
+def _verify(path: Path, parts: Sequence[str]) -> None:
+    """Refuse a checkpoint of which some part is not what was written; collective.
 
     Checkpoints that came without checksums pass.
     """
-    written = parallel.on_rank_zero(
-        lambda: artifact.read_json(path / CHECKSUMS) if (path / CHECKSUMS).exists() else {}
-    )
-    found = _checksums(path, list(written))
-    for name, checksum in written.items():
-        if found[name] is None or found[name] != checksum:
-            fault = f"has CRC-32 {found[name]}, {CHECKSUMS} says {checksum}"
+
+    def read() -> dict[_Part, int]:
+        """What was written, once the index, which says where that is, has been found right."""
+        if not (path / CHECKSUMS).exists():
+            return {}
+        by_part = artifact.read_json(path / CHECKSUMS)
+        written = {(part, name): x for part in parts for name, x in by_part[part].items()}
+        check(_INDEX, _checksum(path / _INDEX[1]), written[_INDEX])
+        return written
+
+    def check(part: _Part, found: int | None, expected: int) -> None:
+        if found is None or found != expected:
+            fault = f"has CRC-32 {found}, {CHECKSUMS} says {expected}"
             raise MinitronError(
-                f"{path / name} {'cannot be read' if found[name] is None else fault}; the "
+                f"{path / part[1]} {'cannot be read' if found is None else fault}; the "
                 "checkpoint is damaged: take another, or delete it to resume from the one before"
             )
+
+    if written := parallel.on_rank_zero(read):
+        spans = _spans(path, [name for part, name in written if part == WEIGHTS])
+        found = _checksums(path, {part: spans[part] for part in written})
+        for part, expected in written.items():
+            check(part, found[part], expected)
 
 
 def _common(position: Position, *, version: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import LlamaForCausalLM
 
 from minitron.errors import MinitronError
@@ -21,7 +22,9 @@ from minitron.sections.train import TrainConfig
 from minitron.train import checkpoint
 from minitron.train.checkpoint import (
     CHECKSUMS,
+    OPTIMIZER,
     TRACKER_FILE,
+    WEIGHTS,
     Position,
     checkpoint_path,
     list_checkpoints,
@@ -369,6 +372,54 @@ def _load_damaged(parallel, model_dir, checkpoints):
     return messages
 
 
+def _flip(file, offset):
+    file.seek(offset)
+    (byte,) = file.read(1)
+    file.seek(offset)
+    file.write(bytes([byte ^ 1]))
+    file.flush()
+
+
+def _flipped_bits(parallel, path):
+    """Which of the parts find the first and the last byte of each tensor changed."""
+    initialize(parallel)
+
+    def is_refused(*parts):
+        try:
+            checkpoint._verify(path, parts)
+        except MinitronError:
+            return True
+        return False
+
+    places = [
+        (item.fqn, place.relative_path, offset)
+        for item, place in FileSystemReader(path).read_metadata().storage_data.items()
+        for offset in (place.offset, place.offset + place.length - 1)
+    ]
+    places += [("", name, 9) for name in ("common.pt", ".metadata", "metadata.json")]
+    assert not is_refused(WEIGHTS, OPTIMIZER)
+    found = []
+    for name, file_name, offset in places:
+        with (path / file_name).open("r+b") as file:
+            _flip(file, offset)
+            found.append((name, is_refused(WEIGHTS), is_refused(WEIGHTS, OPTIMIZER)))
+            _flip(file, offset)
+    return found
+
+
+def test_a_flipped_bit_is_found_where_it_is_read(tmp_path, finished):
+    """That of the optimizer's state does not stop an export."""
+    good = checkpoint_path(finished("tp1", killed=True) / "checkpoints", 5)
+    (found,) = run_on("tp1", _flipped_bits, shutil.copytree(good, tmp_path / "copy"))
+    names = [name for name, *_ in found]
+    assert found == [(name, not name.startswith("optimizer."), True) for name in names]
+    assert {
+        "decoder.final_layernorm.weight",
+        "",
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight",
+    } <= {*names}
+
+
 def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
     good = checkpoint_path(finished("tp1", killed=True) / "checkpoints", 5)
     shard = min(path.name for path in good.glob("*.distcp"))
@@ -380,10 +431,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
         (checkpoints[name] / CHECKSUMS).unlink()
     (checkpoints["no shard"] / shard).unlink()
     with (checkpoints["flipped bit"] / shard).open("r+b") as file:
-        file.seek(-5000, os.SEEK_END)
-        (byte,) = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+        _flip(file, 9000)  # of the weights
     (checkpoints["lost shard"] / shard).unlink()
     os.truncate(checkpoints["cut shard"] / shard, 1000)
     os.truncate(checkpoints["cut index"] / ".metadata", 100)
