@@ -96,7 +96,9 @@ def main(recipe: Recipe) -> None:
     batches = (
         None if recipe.data is None else _batches(recipe, recipe.data, arch, topology, tokenizer)
     )
-    tasks = Tasks(recipe.tasks) if recipe.tasks.names else None  # a misspelt name shows at once
+    tasks = None  # or opened before the model is loaded: a misspelt name shows at once
+    if recipe.tasks.names:
+        tasks = Tasks(recipe.tasks, tokenizer, recipe.parallel)
     model = freeze(
         build_llama(
             arch,
@@ -109,7 +111,7 @@ def main(recipe: Recipe) -> None:
     files: dict[str, Any] = {}
     if tasks:
         size = recipe.eval.micro_batch_size
-        files[TASKS_FILE] = tasks.evaluate(model, tokenizer, micro_batch_size=size)
+        files[TASKS_FILE] = tasks.evaluate(model, micro_batch_size=size)
     if batches is not None:
         files[EVAL_FILE] = _loss(model, batches)
 

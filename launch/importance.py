@@ -69,7 +69,7 @@ from minitron.data.tokenizer import find_tokenizer
 from minitron.eval.tasks import Tasks, mean_metric
 from minitron.model import hf
 from minitron.model.llama import LlamaModel
-from minitron.parallel import on_rank_zero
+from minitron.parallel import initialize, on_rank_zero
 from minitron.prune.ablation import measure_depth
 from minitron.prune.depth import save_depth
 from minitron.prune.depth_plot import plot_depth
@@ -82,24 +82,22 @@ def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
     recipe.depth.check(hf.read_architecture(recipe.model.path).num_layers)
-    if recipe.tasks.names and find_tokenizer(recipe.model.path) is None:
-        raise MinitronError(
-            f"tasks.names={recipe.tasks.names} are text, but {recipe.model.path} has no tokenizer; "
-            "put it there"
-        )
+    topology = initialize(recipe.parallel)
+    tasks = None  # or opened before the model is loaded: a misspelt name shows at once
+    if recipe.tasks.names:
+        tasks = Tasks(recipe.tasks, find_tokenizer(recipe.model.path), recipe.parallel)
     model, batches, calibration = open_calibration(
         recipe.model.path,
         data=recipe.data,
         importance=recipe.importance,
-        parallel=recipe.parallel,
+        topology=topology,
         precision=recipe.precision,
     )
-    accuracy = _accuracy(recipe, model)  # a misspelt task shows at once
     measured = collect_importance(model, batches)
     check_scores(measured.scores(), model.arch)
     depth = None
     if not recipe.depth.is_empty:
-        depth = measure_depth(model, batches, recipe.depth, accuracy)
+        depth = measure_depth(model, batches, recipe.depth, _accuracy(recipe, tasks, model))
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
@@ -123,16 +121,14 @@ def main(recipe: Recipe) -> None:
     on_rank_zero(write)
 
 
-def _accuracy(recipe: Recipe, model: LlamaModel) -> Callable[[], float] | None:
+def _accuracy(recipe: Recipe, tasks: Tasks | None, model: LlamaModel) -> Callable[[], float] | None:
     """What measures the model as it is on the recipe's tasks, if there are any."""
-    if not recipe.tasks.names:
+    if tasks is None:
         return None
-    tokenizer = find_tokenizer(recipe.model.path)
-    tasks = Tasks(recipe.tasks)
 
     def measure() -> float:
         size = recipe.importance.micro_batch_size
-        results = tasks.evaluate(model, tokenizer, micro_batch_size=size)
+        results = tasks.evaluate(model, micro_batch_size=size)
         return mean_metric(results, recipe.depth.metric)
 
     return measure

@@ -19,6 +19,7 @@ from minitron.eval.loglikelihood import score_continuations
 from minitron.model.llama import LlamaModel
 from minitron.parallel import is_rank_zero, on_rank_zero
 from minitron.sections.eval import TaskConfig
+from minitron.sections.parallel import ParallelConfig
 
 TaskResults = dict[str, dict[str, float]]
 """Of each task (or group of tasks), its metrics: `acc`, `acc_stderr`, ..."""
@@ -29,13 +30,24 @@ class Tasks:
 
     Args:
         config: the `tasks` section.
+        tokenizer: of the models to measure.
+        parallel: how they are to be shared out.
 
     Raises:
-        MinitronError: a task is unknown, or its data cannot be had.
+        MinitronError: there is no tokenizer, a task is unknown, its data cannot be had, or it
+            generates text, and ranks are to share a sequence.
     """
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(
+        self, config: TaskConfig, tokenizer: Tokenizer | None, parallel: ParallelConfig
+    ) -> None:
+        if tokenizer is None:
+            raise MinitronError(
+                f"tasks.names={config.names} are text, but the model's directory has no tokenizer; "
+                "put its tokenizer.json or tokenizer.model there"
+            )
         self._config = config
+        self._tokenizer = tokenizer
         self._loaded: list[Any] = []
 
         def load() -> bool:
@@ -46,27 +58,19 @@ class Tasks:
 
         self.generate_text = on_rank_zero(load)
         """Whether one of them does, for which a model needs plain layers."""
+        if self.generate_text and parallel.sequence_parallel:
+            raise MinitronError(
+                f"tasks.names={config.names} generate text, token by token, which leaves no "
+                "sequence to share; leave parallel.sequence_parallel out"
+            )
 
-    def evaluate(
-        self, model: LlamaModel, tokenizer: Tokenizer | None, *, micro_batch_size: int
-    ) -> TaskResults:
+    def evaluate(self, model: LlamaModel, *, micro_batch_size: int) -> TaskResults:
         """Measure a frozen model; all ranks get the same.
 
         Raises:
-            MinitronError: the model has no tokenizer, its ranks share a sequence that a task wants
-                generated, or a task asks for what is not done here.
+            MinitronError: a task asks for what is not done here.
         """
-        if tokenizer is None:
-            raise MinitronError(
-                "tasks are text, but the model's directory has no tokenizer; put its "
-                "tokenizer.json or tokenizer.model there"
-            )
-
-        if self.generate_text and model.topology.config.sequence_parallel:
-            raise MinitronError(
-                f"tasks.names={self._config.names} generate text, token by token, which leaves no "
-                "sequence to share; leave parallel.sequence_parallel out"
-            )
+        tokenizer = self._tokenizer
         compute: dict[str, Callable[[list], list]] = {
             "score": functools.partial(
                 score_continuations, model, micro_batch_size=micro_batch_size

@@ -38,7 +38,7 @@ from minitron.model.schedule import run_schedule
 from minitron.model.sharding import open_model
 from minitron.ops.activation_stats import activation_stats
 from minitron.ops.block_cosine import block_cosine
-from minitron.parallel import initialize, on_rank_zero
+from minitron.parallel import Topology, initialize, on_rank_zero
 from minitron.prune.scores import Importance, check_scores
 from minitron.sections.data import DataConfig
 from minitron.sections.parallel import ParallelConfig, Precision
@@ -72,7 +72,11 @@ def measure_importance(
             are NaN or zero.
     """
     model, batches, calibration = open_calibration(
-        model_path, data=data, importance=importance, parallel=parallel, precision=precision
+        model_path,
+        data=data,
+        importance=importance,
+        topology=initialize(parallel),
+        precision=precision,
     )
     measured = collect_importance(model, batches)
     check_scores(measured.scores(), model.arch)
@@ -84,7 +88,7 @@ def open_calibration(
     *,
     data: DataConfig,
     importance: ImportanceConfig,
-    parallel: ParallelConfig,
+    topology: Topology,
     precision: Precision,
 ) -> tuple[LlamaModel, EvalBatches, Calibration]:
     """This rank's part of a frozen model with hookable layers, and its calibration batches.
@@ -92,8 +96,7 @@ def open_calibration(
     Raises:
         MinitronError: the model or the data cannot be read, or the sizes do not divide.
     """
-    parallel.check_seq_length(data.seq_length)
-    topology = initialize(parallel)
+    topology.config.check_seq_length(data.seq_length)
     arch, weights = open_model(model_path)
     arch.check_seq_length(data.seq_length)
     tokenizer = find_tokenizer(model_path)

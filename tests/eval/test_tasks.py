@@ -118,16 +118,23 @@ def by_the_harness(model, tasks, names, **options):
 
 def _evaluate(parallel, directory, config):
     topology = initialize(parallel)
+    tasks = Tasks(config, find_tokenizer(directory), parallel)
     model = freeze(build_model(directory, topology))
-    tasks = Tasks(config)
-    found = tasks.evaluate(model, find_tokenizer(directory), micro_batch_size=4)
-    assert tasks.evaluate(model, find_tokenizer(directory), micro_batch_size=3) == found
+    found = tasks.evaluate(model, micro_batch_size=4)
+    assert tasks.evaluate(model, micro_batch_size=3) == found
     return found
 
 
 def _failure(parallel, directory, config):
     with pytest.raises(MinitronError) as caught:
         _evaluate(parallel, directory, config)
+    return str(caught.value)
+
+
+def _failure_before_a_model(parallel, directory, config):
+    initialize(parallel)
+    with pytest.raises(MinitronError) as caught:
+        Tasks(config, find_tokenizer(directory), parallel)
     return str(caught.value)
 
 
@@ -250,7 +257,7 @@ def test_a_task_that_generates_text(model, asked, tasks, tmp_path):
     expected = by_the_harness(model, tmp_path, ["minitron_written"])["results"]
     found = first["minitron_written"]["exact_match"]
     assert found == expected["minitron_written"]["exact_match,none"] == 0.8
-    (message, _) = run_on("tp2+sp", _failure, model[0], config)
+    (message, _) = run_on("tp2+sp", _failure_before_a_model, model[0], config)
     assert message == (
         "tasks.names=['minitron_written'] generate text, token by token, which leaves no sequence "
         "to share; leave parallel.sequence_parallel out"
@@ -288,8 +295,11 @@ def test_tasks_that_cannot_be_measured(tmp_path, tasks, name, message):
 def test_a_model_without_a_tokenizer(tmp_path, tasks):
     save_llama(tmp_path)
     config = TaskConfig(names=["minitron_code"], include_path=tasks)
-    (message,) = run_on("tp1", _failure, tmp_path, config)
-    assert message.startswith("tasks are text, but the model's directory has no tokenizer; put its")
+    (message,) = run_on("tp1", _failure_before_a_model, tmp_path, config)
+    assert message == (
+        "tasks.names=['minitron_code'] are text, but the model's directory has no tokenizer; put "
+        "its tokenizer.json or tokenizer.model there"
+    )
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ MISTAKES = {
     "tasks without a tokenizer": (
         "importance",
         ("--model", "model", *DATA, "--depth.layers", "--tasks.names", "x"),
-        r"tasks.names=\['x'\] are text, but model has no tokenizer; put it there",
+        r"tasks.names=\['x'\] are text, but the model's directory has no tokenizer; put its",
     ),
     "no scores": (
         "prune",

@@ -13,6 +13,7 @@ from minitron import metrics
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.model import schedule
+from minitron.parallel import initialize
 from minitron.prune import ablation
 from minitron.prune.ablation import measure_depth
 from minitron.prune.depth import Ablation, DepthScores, load_depth, ranked_layers, save_depth
@@ -65,7 +66,7 @@ def _measure(parallel, directory, prefix, config):
         directory,
         data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
         importance=ImportanceConfig(samples=7, micro_batch_size=2),
-        parallel=parallel,
+        topology=initialize(parallel),
         precision="fp32",
     )
     before = [layer.forward for layer in model.decoder.layers]
@@ -118,7 +119,7 @@ def _measure_with_tasks(parallel, directory, prefix, config):
         directory,
         data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
         importance=ImportanceConfig(samples=7, micro_batch_size=2),
-        parallel=parallel,
+        topology=initialize(parallel),
         precision="fp32",
     )
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
+from minitron.parallel import initialize
 from minitron.prune import importance
 from minitron.prune.importance import measure_importance, open_calibration
 from minitron.sections.data import DataConfig
@@ -175,7 +176,7 @@ def _count(parallel, directory, prefix, samples):
         directory,
         data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
         importance=ImportanceConfig(samples=samples),
-        parallel=parallel,
+        topology=initialize(parallel),
         precision="fp32",
     )
     finish = importance._Collector.importance
