@@ -19,6 +19,8 @@ from minitron.model.generation import Prompt, generate
 from minitron.model.llama import LlamaModel
 from minitron.sections.generate import SamplingConfig
 
+_CHARACTER = 4  # tokens that spell one, at most: the bytes of UTF-8
+
 
 class Question(NamedTuple):
     """A text to continue."""
@@ -79,6 +81,26 @@ def _likeness(question: Question) -> tuple:
 
 
 def _is_cut(tokenizer: Tokenizer, until: Sequence[str], tokens: list[int]) -> bool:
+    """Whether one of the ends is in the text, in which none was without its last token.
+
+    An end that is new reaches into the text of the last token, or into a character that this one
+    completes. So the text of some last tokens tells, if it is like that of all: if no character is
+    cut in it, and if in front of what the last token can change there is room for an end, for the
+    rest of a character, and for a space that decoders drop in front.
+    """
+    if not until:
+        return False
+    longest = max(map(len, until))
+    size = longest + 2 * _CHARACTER
+    while size < len(tokens):
+        text = tokenizer.decode(tokens[-size:])
+        before = tokenizer.decode(tokens[-size:-_CHARACTER])
+        if "\N{REPLACEMENT CHARACTER}" in text or len(before) < longest + _CHARACTER:
+            size *= 2
+        elif any(end in text for end in until):
+            break
+        else:
+            return False
     text = tokenizer.decode(tokens)
     return any(end in text for end in until)
 
