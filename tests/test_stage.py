@@ -9,6 +9,8 @@ import pytest
 
 SCRIPT = '''
 """A launch script in small."""
+import contextlib
+import multiprocessing
 import os
 import sys
 import time
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 from minitron.errors import MinitronError, Stopped
 from minitron.metrics import log
-from minitron.stage import StopRequest, parse, run
+from minitron.stage import StopRequest, parse, run, shielding_children
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,12 @@ def join():
     return dist
 
 
+def write():
+    print("writing", flush=True)
+    time.sleep(0.5)
+    print("written", flush=True)
+
+
 def main(recipe):
     rank = int(os.environ.get("RANK", "0"))
     log("at work")
@@ -45,9 +53,17 @@ def main(recipe):
         time.sleep(60)
     if recipe.what == "step":
         with StopRequest() as stop:
-            print("at a step", flush=True)
+            print(f"at a step: {os.getpid()}", flush=True)
             while not stop.received:
                 time.sleep(0.01)
+        raise Stopped
+    if recipe.what.endswith("writing"):
+        shield = contextlib.nullcontext() if recipe.what == "bare writing" else shielding_children()
+        with StopRequest() as stop, shield:
+            writer = multiprocessing.get_context("spawn").Process(target=write)
+            writer.start()
+            writer.join()
+        print(stop.received, writer.exitcode, flush=True)
         raise Stopped
     if recipe.what == "flood":
         while True:
@@ -93,9 +109,10 @@ def script(tmp_path_factory) -> str:
     return str(path)
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *arguments],
+        **options,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -161,10 +178,22 @@ def test_an_interrupt_is_quiet(script):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_that_a_signal_stops_can_be_resumed(script, number):
     process = start(script, "--what", "step")
-    assert process.stdout.readline() == "at a step\n"
+    assert process.stdout.readline().startswith("at a step: ")
     process.send_signal(number)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, logged(err)) == (75, "at work\n")
+
+
+@pytest.mark.parametrize(
+    ("shield", "outcome"), [("shielded", "written\nTrue 0\n"), ("bare", "True -15\n")]
+)
+def test_a_signal_to_all_processes_ends_no_shielded_child(script, shield, outcome):
+    """As torchrun sends it, to a rank and to what writes its checkpoint."""
+    process = start(script, "--what", f"{shield} writing", start_new_session=True)
+    assert process.stdout.readline() == "writing\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (75, outcome)
 
 
 def test_where_nothing_can_be_resumed_a_signal_ends_the_process(script):
@@ -222,6 +251,15 @@ def test_a_bug_on_one_rank_names_the_rank(script):
     assert status != 0
     assert ours.count("Traceback") == ours.count("[rank 1] Traceback (most recent call last):") == 1
     assert "ZeroDivisionError: a bug\n" in ours
+
+
+def test_torchrun_tells_that_a_run_was_stopped(script):
+    process = start(*TORCHRUN, script, "--what", "step")
+    pids = [int(process.stdout.readline().removeprefix("at a step: ")) for _ in range(2)]
+    os.kill(pids[0], signal.SIGUSR1)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert re.search(r"Root Cause.*exitcode  : 75 ", err, re.DOTALL)
 
 
 def test_success_leaves_the_process_group(script):
