@@ -180,50 +180,6 @@ def logit_losses(
     )
 
 
-def logit_losses_and_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    weights: Tensor,
-    *,
-    valid_columns: int,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    reverse: bool = False,
-    temperature: float = 1.0,
-    destination: Tensor | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses and, at once, the gradient of their weighted sum; not differentiable itself.
-
-    Where the vocabulary is whole on a rank, each row of logits is read from memory once.
-
-    Args:
-        student: [tokens, v/t] raw logits.
-        teacher: [tokens, v/t] raw logits.
-        weights: [4, tokens] of forward KL, reverse KL, cross-entropy and z-loss, in fp32.
-        valid_columns: as in `logit_losses`.
-        labels: [tokens] token ids in the whole vocabulary.
-        mask: [tokens] bool; where False, logits are not read.
-        reverse: whether the weights of the reverse KL count.
-        temperature: τ.
-        destination: [tokens, v/t] takes the gradient; may be `student` or `teacher`; None for new.
-        tp_group: the ranks that share the vocabulary; None for one rank.
-
-    Returns:
-        Losses [4, tokens] (of those not asked for, undefined) and the gradient [tokens, v/t].
-    """
-    destination = torch.empty_like(student) if destination is None else destination
-    rows, options = (student, teacher, labels, mask), (temperature, reverse, labels is not None)
-    if tp_group is None or tp_group.size() == 1:
-        fused = logit_kl_fused(*rows, weights, valid_columns, *options, destination)
-        return logit_kl_merge(fused.unsqueeze(0), mask, temperature)[0], destination
-    columns = (valid_columns, first_column(student, tp_group))
-    statistics = logit_kl_statistics(*rows, *columns, *options)
-    losses, merged = logit_kl_merge(gather_statistics(statistics, tp_group), mask, temperature)
-    logit_kl_gradient(*rows, merged, weights, *columns, *options, destination)
-    return losses, destination
-
-
 def _forward(
     student: Tensor,
     teacher: Tensor,

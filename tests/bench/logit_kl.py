@@ -2,7 +2,9 @@
 
 `eager` is the formulation of the peers with tensor-parallel distillation: fp32 copies, shifted by
 their maxima, log-probabilities, `kl_div` in log space, autograd. "In place" writes the
-gradient over the student's logits, so that no memory has to be mapped for it.
+gradient over the student's logits, so that no memory has to be mapped for it. "Fused" is what
+`linear_kl` takes where the vocabulary is whole: losses and gradient, below autograd, into memory
+that is there.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron.ops.logit_kl import logit_kl, logit_losses_and_gradient
+from minitron.ops.logit_kl import logit_kl, logit_kl_fused, logit_kl_merge
 from tests.bench.runner import COPY, Case
 
 TEMPERATURE = 2.0
@@ -72,7 +74,9 @@ def _case(tokens: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case
     options = {"valid_columns": vocabulary, "temperature": TEMPERATURE}
 
     def fused() -> None:
-        logit_losses_and_gradient(rows, teacher_rows, weights, destination=gradient, **options)
+        tensors = (rows, teacher_rows, None, None, weights)
+        statistics = logit_kl_fused(*tensors, vocabulary, TEMPERATURE, False, False, gradient)
+        logit_kl_merge(statistics[None], None, TEMPERATURE)
 
     element = tokens * vocabulary * dtype.itemsize
     return Case(

@@ -12,7 +12,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 2, 64), (267, 3, 37), (530, 1, 2100)], ids=str)
 def test_sums_over_the_sequence(shape, dtype, device):
-    torch.seed()
     x = (torch.randn(shape, device=device) + 0.5).to(dtype)
     wide = x.double()
     stats = activation_stats(x)
@@ -29,7 +28,6 @@ def test_sums_over_the_sequence(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 128])
 def test_norms_of_heads(head_dim, dtype, device):
-    torch.seed()
     x = torch.randn(31, 2, 3 * head_dim, device=device).to(dtype)
     norms = x.double().unflatten(-1, (3, head_dim)).norm(dim=-1)
     if head_dim == 1:

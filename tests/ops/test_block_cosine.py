@@ -9,7 +9,6 @@ from minitron.ops.block_cosine import block_cosine
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [1, 15, 16, 96, 4097])
 def test_cosine_of_every_token(hidden, dtype, device):
-    torch.seed()
     before, noise = torch.randn(2, 7, 3, hidden, device=device)
     before, after = before.to(dtype), (before + 0.3 * noise).to(dtype)
     x, y = before.double(), after.double()

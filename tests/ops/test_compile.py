@@ -13,7 +13,7 @@ from minitron.ops.activation_stats import activation_stats
 from minitron.ops.block_cosine import block_cosine
 from minitron.ops.cross_entropy import cross_entropy
 from minitron.ops.linear_kl import TeacherHidden, linear_kl
-from minitron.ops.logit_kl import logit_kl, logit_losses, logit_losses_and_gradient
+from minitron.ops.logit_kl import logit_kl, logit_losses
 from minitron.ops.logit_loss import logit_loss
 from minitron.ops.objectives import KnownTokens
 from minitron.ops.sample_tokens import sample_tokens
@@ -74,10 +74,6 @@ def _call(name: str, x: Inputs, options: dict[str, Any]) -> Any:
         case "logit_losses":
             every = {"reverse": True, "z_loss": True, "loss_mask": x.mask, "temperature": 1.3}
             return logit_losses(student, teacher, labels=x.labels, **every, **options)
-        case "logit_losses_and_gradient":
-            rows = (student.detach().flatten(0, 1), teacher.flatten(0, 1))
-            weights = x.mask.flatten().expand(4, -1).contiguous()
-            return logit_losses_and_gradient(*rows, weights, **options)
         case "logit_loss":
             return logit_loss(student, teacher, OBJECTIVES[kind], loss_mask=x.mask, **options)
         case "sparse_kl":
@@ -111,7 +107,6 @@ SHARDED = (
     "cross_entropy",
     *(f"logit_kl {destination}" for destination in ("new", "student", "teacher")),
     "logit_losses",
-    "logit_losses_and_gradient",
     *(f"logit_loss {name}" for name in OBJECTIVES),
     "sparse_kl",
     *(f"linear_kl {kind}" for kind in KINDS_OF_LINEAR_KL),
@@ -158,16 +153,16 @@ def _check(eager: list[Any], compiled: list[Any], *, rounding: float = 0) -> Non
 
 
 @pytest.mark.parametrize("name", ["activation_stats", "block_cosine", *SHARDED])
-def test_one_graph(name, device):
-    _check(*_run_both(name, torch.seed() % 2**31, "aot_eager", device))
+def test_one_graph(name, device, seed):
+    _check(*_run_both(name, seed, "aot_eager", device))
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_one_graph_of_a_sharded_vocabulary(name):
-    for both in run_distributed(_on_rank, 2, name, torch.seed() % 2**31):
+def test_one_graph_of_a_sharded_vocabulary(name, seed):
+    for both in run_distributed(_on_rank, 2, name, seed):
         _check(*both)
 
 
 @pytest.mark.parametrize("name", ["linear_kl forward_kl", "logit_loss jsd"])
-def test_inductor_takes_the_graph(name):
-    _check(*_run_both(name, torch.seed() % 2**31, "inductor"), rounding=1e-6)
+def test_inductor_takes_the_graph(name, seed):
+    _check(*_run_both(name, seed, "inductor"), rounding=1e-6)

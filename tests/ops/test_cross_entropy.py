@@ -19,7 +19,6 @@ DTYPES = pytest.mark.parametrize(
 
 
 def _inputs(dtype, vocabulary, offset=0.0, device="cpu"):
-    torch.seed()
     logits = (3 * torch.randn(S, B, vocabulary, device=device) + offset).to(dtype)
     labels = torch.randint(vocabulary, (S, B), device=device)
     return logits, labels, torch.rand(S, B, device=device)

@@ -10,7 +10,6 @@ KINDS = ("jsd", "skew_kl", "skew_reverse_kl", "tvd")
 
 
 def _draws(dtype):
-    torch.seed()
     student, teacher = (3 * torch.randn(2, TOKENS, COLUMNS)).to(dtype)
     student[1, 40:60] = teacher[:, 50:70] = -torch.inf
     labels = torch.randint(VALID, (TOKENS,))

@@ -135,8 +135,7 @@ def _check(ranks, seed, dtype, temperature, sequence_parallel, name, lm_weight=0
 
 @DTYPES
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_equals_whole_logits(dtype, temperature, device):
-    seed = torch.seed() % 2**31
+def test_equals_whole_logits(dtype, temperature, device, seed):
     options = (seed, dtype, temperature, False, "forward_kl")
     _check([_run(*options, device=device)], *options)
 
@@ -144,22 +143,21 @@ def test_equals_whole_logits(dtype, temperature, device):
 @pytest.mark.parametrize("lm_weight", [0.0, 0.4])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 @DTYPES
-def test_every_objective_equals_whole_logits(dtype, name, lm_weight, device):
-    options = (torch.seed() % 2**31, dtype, 1.7, False, name, lm_weight)
+def test_every_objective_equals_whole_logits(dtype, name, lm_weight, device, seed):
+    options = (seed, dtype, 1.7, False, name, lm_weight)
     _check([_run(*options, device=device)], *options)
 
 
 @DTYPES
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "sp"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_equals_whole_logits_on_ranks(dtype, world_size, sequence_parallel):
-    options = (torch.seed() % 2**31, dtype, 1.7, sequence_parallel, "forward_kl")
+def test_equals_whole_logits_on_ranks(dtype, world_size, sequence_parallel, seed):
+    options = (seed, dtype, 1.7, sequence_parallel, "forward_kl")
     _check(run_distributed(_on_rank, world_size, *options), *options)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_every_objective_equals_whole_logits_on_ranks(world_size):
-    seed = torch.seed() % 2**31
+def test_every_objective_equals_whole_logits_on_ranks(world_size, seed):
     by_rank = run_distributed(_all_on_rank, world_size, seed, 0.4)
     for name, *ranks in zip(OBJECTIVES, *by_rank, strict=True):
         _check(ranks, seed, torch.float64, 1.7, False, name, 0.4)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from minitron.ops import library, logit_kl_reference
-from minitron.ops.logit_kl import logit_kl, logit_losses, logit_losses_and_gradient
+from minitron.ops.logit_kl import logit_kl, logit_kl_fused, logit_kl_merge, logit_losses
+from minitron.ops.objectives import KL, Logits
 from tests.harness import run_distributed
 
 S, B = 5, 3
@@ -87,16 +88,7 @@ def _run(rank, size, group, seed, dtype, vocabulary, temperature, fused=False, d
 def _losses_and_gradient(fused, x, y, labels, upstream, mask, **options):
     """All four losses and the gradient of their weighted sum, by one of the two paths."""
     if fused:
-        losses, grad = logit_losses_and_gradient(
-            x.flatten(0, 1),
-            y.flatten(0, 1),
-            upstream.flatten(1).to(torch.promote_types(x.dtype, torch.float32)),
-            labels=labels.flatten(),
-            mask=mask.flatten() > 0,
-            reverse=True,
-            **options,
-        )
-        return losses.view(4, S, B), grad.view(x.shape)
+        return _fused(x, y, labels, upstream, mask > 0, **options)
     x = x.clone().requires_grad_()
     losses = torch.stack(
         logit_losses(x, y, labels=labels, reverse=True, z_loss=True, loss_mask=mask, **options)
@@ -105,9 +97,19 @@ def _losses_and_gradient(fused, x, y, labels, upstream, mask, **options):
     return losses.detach(), x.grad
 
 
+def _fused(x, y, labels, upstream, mask, *, valid_columns, temperature=1.0, tp_group=None):
+    assert tp_group is None
+    weights = upstream.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    rows = [t.flatten(0, 1) for t in (x, y, labels, mask)]
+    grad = torch.empty_like(rows[0])
+    statistics = logit_kl_fused(*rows, weights, valid_columns, temperature, True, True, grad)
+    losses, _ = logit_kl_merge(statistics[None], rows[3], temperature)
+    return losses.view(4, S, B), grad.view(x.shape)
+
+
 def _on_rank(*args):
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return [_run(rank, size, torch.distributed.group.WORLD, *args, fused) for fused in (0, 1)]
+    return _run(rank, size, torch.distributed.group.WORLD, *args)
 
 
 def _check(results, seed, dtype, vocabulary, temperature):
@@ -129,28 +131,24 @@ def _check(results, seed, dtype, vocabulary, temperature):
 @PATHS
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 @pytest.mark.parametrize("vocabulary", [1, 15, 4097, 8209])
-def test_losses_and_gradient(dtype, fused, temperature, vocabulary, device):
-    seed = torch.seed() % 2**31
+def test_losses_and_gradient(dtype, fused, temperature, vocabulary, device, seed):
     result = _run(0, 1, None, seed, dtype, vocabulary, temperature, fused, device)
     _check([result], seed, dtype, vocabulary, temperature)
 
 
 @DTYPES
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_losses_and_gradient_of_a_sharded_vocabulary(dtype, world_size):
-    seed, vocabulary, temperature = torch.seed() % 2**31, 4301, 1.7
+def test_losses_and_gradient_of_a_sharded_vocabulary(dtype, world_size, seed):
+    vocabulary, temperature = 4301, 1.7
     ranks = run_distributed(_on_rank, world_size, seed, dtype, vocabulary, temperature)
-    for results in zip(*ranks, strict=True):
-        _check(results, seed, dtype, vocabulary, temperature)
+    _check(ranks, seed, dtype, vocabulary, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 @PATHS
-def test_rising_logits_leave_the_first_tiles_references_behind(fused, dtype, offset, device):
-    student, teacher, labels, upstream, mask = _inputs(
-        torch.seed() % 2**31, dtype, 9000, offset, device
-    )
+def test_rising_logits_leave_the_first_tiles_references_behind(fused, dtype, offset, device, seed):
+    student, teacher, labels, upstream, mask = _inputs(seed, dtype, 9000, offset, device)
     rise = torch.linspace(0, 1, 9000, device=device)
     student = (student.double() + 150 * rise).to(dtype)
     teacher = (teacher.double() + 400 * rise).to(dtype)
@@ -164,33 +162,32 @@ def test_rising_logits_leave_the_first_tiles_references_behind(fused, dtype, off
 
 @DTYPES
 @PATHS
-def test_a_lone_logit_far_above_the_first_tile(dtype, fused, device):
-    student, teacher, labels, *_ = _inputs(torch.seed() % 2**31, dtype, 9000, device=device)
+def test_a_lone_logit_far_above_the_first_tile(dtype, fused, device, seed):
+    student, teacher, labels, upstream, mask = _inputs(seed, dtype, 9000, device=device)
     student[..., 8500] = 150.0
     teacher[..., 8501] = 200.0
-    rows = [x.flatten(0, 1) for x in (student, teacher)]
-    weights = torch.zeros(4, S * B, device=device, dtype=torch.promote_types(dtype, torch.float32))
-    weights[0] = 1
-    options = {"valid_columns": 9000, "temperature": 1.0}
+    upstream[0], upstream[1:] = 1, 0
+    expected, expected_grad = _expected(
+        student, teacher, labels, upstream, torch.ones_like(mask), 1.0
+    )
     if fused:
-        losses, grad = logit_losses_and_gradient(*rows, weights, **options)
-        found = losses[0]
+        rows = [x.flatten(0, 1) for x in (student.clone(), teacher)]
+        weights = upstream[:2].flatten(1).to(torch.promote_types(dtype, torch.float32))
+        found = KL().fused(Logits(*rows, valid_columns=9000), weights).objective
+        grad = rows[0]
     else:
-        x = rows[0].clone().requires_grad_()
-        found = logit_kl(x[:, None], rows[1][:, None], **options)[:, 0]
+        x = student.clone().requires_grad_()
+        found = logit_kl(x, teacher, valid_columns=9000).flatten()
         found.sum().backward()
-        grad = x.grad
-    upstream, mask = torch.zeros(4, S, B, device=device), torch.ones(S, B, device=device)
-    upstream[0] = 1
-    expected, expected_grad = _expected(student, teacher, labels, upstream, mask, 1.0)
+        grad = x.grad.flatten(0, 1)
     torch.testing.assert_close(found.double(), expected[0].flatten(), rtol=1e-5, atol=0)
     torch.testing.assert_close(grad.double(), expected_grad.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @PATHS
-def test_a_large_offset_costs_no_digits(fused, dtype, device):
-    student, _, labels, upstream, mask = _inputs(torch.seed() % 2**31, dtype, 301, device=device)
+def test_a_large_offset_costs_no_digits(fused, dtype, device, seed):
+    student, _, labels, upstream, mask = _inputs(seed, dtype, 301, device=device)
     teacher = student + 0.01 * torch.randn_like(student)
     student, teacher = student - 300, teacher + 300
     inputs = (student, teacher, labels, upstream, torch.ones_like(mask))
@@ -203,10 +200,8 @@ def test_a_large_offset_costs_no_digits(fused, dtype, device):
 
 @DTYPES
 @PATHS
-def test_impossible_tokens(fused, dtype, device):
-    student, teacher, labels, upstream, mask = _inputs(
-        torch.seed() % 2**31, dtype, 5000, device=device
-    )
+def test_impossible_tokens(fused, dtype, device, seed):
+    student, teacher, labels, upstream, mask = _inputs(seed, dtype, 5000, device=device)
     student[..., 4990:] = teacher[..., 4990:] = -torch.inf
     teacher[0, 0, :4600] = -torch.inf  # a whole tile without the teacher
     student[1, 1, :4600] = teacher[1, 1, :4600] = -torch.inf  # and one without either
@@ -234,8 +229,8 @@ def test_masked_tokens_alone(device):
 
 
 @DTYPES
-def test_power_of_the_temperature(dtype):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, dtype, 33)
+def test_power_of_the_temperature(dtype, seed):
+    student, teacher, *_ = _inputs(seed, dtype, 33)
     options = {"valid_columns": 33, "temperature": 1.7}
     plain = logit_kl(student, teacher, **options)
     torch.testing.assert_close(
@@ -245,8 +240,8 @@ def test_power_of_the_temperature(dtype):
 
 @pytest.mark.parametrize("destination", ["student", "teacher"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_gradient_over_dead_logits(destination, dtype, device):
-    student, teacher, _, upstream, _ = _inputs(torch.seed() % 2**31, dtype, 4500, device=device)
+def test_gradient_over_dead_logits(destination, dtype, device, seed):
+    student, teacher, _, upstream, _ = _inputs(seed, dtype, 4500, device=device)
 
     def gradient(where):
         logits = {"student": student.clone(), "teacher": teacher.clone()}
@@ -270,18 +265,16 @@ def test_a_gradient_needs_room():
         )
 
 
-def test_strided_rows_and_mixed_dtypes(device):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float32, 700, device=device)
+def test_strided_rows_and_mixed_dtypes(device, seed):
+    student, teacher, *_ = _inputs(seed, torch.float32, 700, device=device)
     whole = logit_kl(student[..., 3:610].contiguous(), teacher[..., 3:610].bfloat16(),
                      valid_columns=600)  # fmt: skip
     strided = logit_kl(student[..., 3:610], teacher.bfloat16()[..., 3:610], valid_columns=600)
     assert torch.equal(whole, strided)
 
 
-def _op_arguments(device="cpu"):
-    student, teacher, labels, upstream, mask = _inputs(
-        torch.seed() % 2**31, torch.float32, 70, device=device
-    )
+def _op_arguments(device="cpu", seed=0):
+    student, teacher, labels, upstream, mask = _inputs(seed, torch.float32, 70, device=device)
     rows = (student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten(), mask.flatten() > 0)
     weights = upstream.flatten(1).contiguous()
     options = (66, 0, 1.3, True, True)
@@ -303,14 +296,14 @@ def _op_arguments(device="cpu"):
 
 
 @pytest.mark.parametrize("name", list(_op_arguments()))
-def test_ops_keep_the_contract_of_torch(name, device):
-    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments(device)[name])
+def test_ops_keep_the_contract_of_torch(name, device, seed):
+    torch.library.opcheck(getattr(torch.ops.minitron, name), _op_arguments(device, seed)[name])
 
 
 @pytest.mark.parametrize("name", [name for name in _op_arguments() if name != "logit_losses"])
 @pytest.mark.skipif(not library.extension_built, reason="the extension is not built")
-def test_kernels_equal_their_references(name, device):
-    arguments = _op_arguments(device)[name]
+def test_kernels_equal_their_references(name, device, seed):
+    arguments = _op_arguments(device, seed)[name]
     results = []
     for run in (
         getattr(torch.ops.minitron, name),

@@ -86,9 +86,8 @@ def _reference(seed, dtype, temperature):
     ids=["fp64", "fp32", "bf16"],
 )
 def test_values_and_gradients_equal_one_fp64_process(
-    world_size, dtype, loss_tolerance, grad_tolerance
+    world_size, dtype, loss_tolerance, grad_tolerance, seed
 ):
-    seed = torch.seed() % 2**31
     temperature = 1.7
     if world_size == 1:
         ranks = [_run_shards(0, 1, seed, dtype, temperature, None)]

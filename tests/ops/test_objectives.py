@@ -75,16 +75,16 @@ def _on_rank(seed, dtype, temperature, impossible):
 @DTYPES
 @EVERY
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-def test_loss_and_gradient(name, dtype, temperature):
-    inputs = _inputs(torch.seed() % 2**31, dtype)
+def test_loss_and_gradient(name, dtype, temperature, seed):
+    inputs = _inputs(seed, dtype)
     expected = _expected(name, temperature, *inputs)
     check([_run(0, 1, None, name, temperature, *inputs)], *expected, dtype)
 
 
 @DTYPES
 @EVERY
-def test_a_vocabulary_of_many_tiles(name, dtype):
-    inputs = _inputs(torch.seed() % 2**31, dtype, vocabulary=9001)
+def test_a_vocabulary_of_many_tiles(name, dtype, seed):
+    inputs = _inputs(seed, dtype, vocabulary=9001)
     expected = _expected(name, 1.7, *inputs)
     check([_run(0, 1, None, name, 1.7, *inputs)], *expected, dtype)
 
@@ -92,8 +92,8 @@ def test_a_vocabulary_of_many_tiles(name, dtype):
 @DTYPES
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("impossible", [False, True], ids=["finite", "with impossible tokens"])
-def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, impossible):
-    seed, temperature = torch.seed() % 2**31, 1.7
+def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, impossible, seed):
+    temperature = 1.7
     by_rank = run_distributed(_on_rank, world_size, seed, dtype, temperature, impossible)
     for name in OBJECTIVES:
         inputs = _inputs(seed, dtype, impossible=name * impossible)
@@ -106,8 +106,8 @@ def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, impossible
 
 @DTYPES
 @EVERY
-def test_impossible_tokens(name, dtype):
-    inputs = _inputs(torch.seed() % 2**31, dtype, impossible=name)
+def test_impossible_tokens(name, dtype, seed):
+    inputs = _inputs(seed, dtype, impossible=name)
     expected = _expected(name, 1.3, *inputs)
     assert torch.isfinite(expected[0]).all()
     check([_run(0, 1, None, name, 1.3, *inputs)], *expected, dtype)
@@ -117,8 +117,8 @@ def test_impossible_tokens(name, dtype):
 @EVERY
 @pytest.mark.parametrize("column", [0, 137, VOCAB - 1])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_nan_among_the_logits_shows(name, dtype, column, whose):
-    student, teacher, *rest = _inputs(torch.seed() % 2**31, dtype)
+def test_a_nan_among_the_logits_shows(name, dtype, column, whose, seed):
+    student, teacher, *rest = _inputs(seed, dtype)
     mask, upstream = torch.ones_like(rest[0]), rest[1]
     clean, clean_grad, _ = _run(0, 1, None, name, 1.3, student, teacher, mask, upstream)
     {"student": student, "teacher": teacher}[whose][2, 1, column] = torch.nan
@@ -143,8 +143,8 @@ def test_masked_tokens_alone(name):
 
 
 @EVERY
-def test_power_of_the_temperature(name):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_power_of_the_temperature(name, seed):
+    student, teacher, *_ = _inputs(seed, torch.float64)
     loss = functools.partial(
         logit_loss, student, teacher, OBJECTIVES[name], valid_columns=VOCAB, temperature=1.7
     )
@@ -152,8 +152,8 @@ def test_power_of_the_temperature(name):
 
 
 @EVERY
-def test_is_differentiated_right(name):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_is_differentiated_right(name, seed):
+    student, teacher, *_ = _inputs(seed, torch.float64)
     loss = functools.partial(
         logit_loss, teacher=teacher[:1], objective=OBJECTIVES[name], valid_columns=VOCAB - 3
     )
@@ -162,8 +162,8 @@ def test_is_differentiated_right(name):
 
 @DTYPES
 @EVERY
-def test_inputs_stay_as_they_were(name, dtype):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, dtype)
+def test_inputs_stay_as_they_were(name, dtype, seed):
+    student, teacher, *_ = _inputs(seed, dtype)
     x, y = student.clone().requires_grad_(), teacher.clone()
     logit_loss(x, y, OBJECTIVES[name], valid_columns=VOCAB).sum().backward()
     assert torch.equal(x, student)
@@ -180,8 +180,8 @@ def test_inputs_stay_as_they_were(name, dtype):
     ],
     ids=str,
 )
-def test_limits(skewed, plain):
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_limits(skewed, plain, seed):
+    student, teacher, *_ = _inputs(seed, torch.float64)
     found, expected = (
         logit_loss(student, teacher, objective, valid_columns=VOCAB)
         for objective in (skewed, plain)
@@ -189,8 +189,8 @@ def test_limits(skewed, plain):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_limits_of_the_jensen_shannon_divergence():
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_limits_of_the_jensen_shannon_divergence(seed):
+    student, teacher, *_ = _inputs(seed, torch.float64)
     loss = functools.partial(logit_loss, student, teacher, valid_columns=VOCAB)
     tiny = 1e-7
     for divergence, plain in (
@@ -204,8 +204,8 @@ def test_limits_of_the_jensen_shannon_divergence():
     )
 
 
-def test_squared_error_is_the_kl_of_large_temperatures():
-    student, teacher, *_ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_squared_error_is_the_kl_of_large_temperatures(seed):
+    student, teacher, *_ = _inputs(seed, torch.float64)
     kl = logit_loss(
         student, teacher, KL(), valid_columns=VOCAB, temperature=1e4, temperature_power=2
     )

@@ -82,8 +82,7 @@ def _on_rank(*args):
 @DTYPES
 @pytest.mark.parametrize("tail", [False, True], ids=["no tail", "tail"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-def test_loss_and_gradient(dtype, temperature, tail):
-    seed = torch.seed() % 2**31
+def test_loss_and_gradient(dtype, temperature, tail, seed):
     expected = _expected(*_inputs(seed, dtype, temperature), temperature, tail)
     check([_run(0, 1, None, seed, dtype, temperature, tail)], *expected, dtype)
 
@@ -91,8 +90,7 @@ def test_loss_and_gradient(dtype, temperature, tail):
 @DTYPES
 @pytest.mark.parametrize("tail", [False, True], ids=["no tail", "tail"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, tail):
-    seed = torch.seed() % 2**31
+def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, tail, seed):
     ranks = run_distributed(_on_rank, world_size, seed, dtype, 1.7, tail)
     expected = _expected(*_inputs(seed, dtype, 1.7), 1.7, tail)
     check(ranks, *expected, dtype)
@@ -100,8 +98,8 @@ def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, tail):
         check(scaled(ranks), *expected, dtype)
 
 
-def test_all_tokens_known_is_the_whole_kl():
-    student, *_ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_all_tokens_known_is_the_whole_kl(seed):
+    student, *_ = _inputs(seed, torch.float64)
     teacher = 3 * torch.randn_like(student)
     teacher[..., 40:60] = -torch.inf
     x, y = student.clone().requires_grad_(), student.clone().requires_grad_()
@@ -131,8 +129,8 @@ def test_samples_are_unbiased():
 
 
 @DTYPES
-def test_impossible_tokens(dtype):
-    student, ids, log_q, _, _ = _inputs(torch.seed() % 2**31, dtype)
+def test_impossible_tokens(dtype, seed):
+    student, ids, log_q, _, _ = _inputs(seed, dtype)
     student[0, 0, ids[0, 0, 3]] = -torch.inf  # known to the teacher
     others = torch.ones(VOCAB, dtype=torch.bool)
     others[ids[0, 1]] = False
@@ -166,8 +164,8 @@ def test_masked_or_unknown_tokens_alone(dtype):
         assert x.grad.count_nonzero() == 0
 
 
-def test_is_differentiated_right():
-    student, ids, log_q, _, _ = _inputs(torch.seed() % 2**31, torch.float64)
+def test_is_differentiated_right(seed):
+    student, ids, log_q, _, _ = _inputs(seed, torch.float64)
     for tail in (False, True):
         assert torch.autograd.gradcheck(
             lambda x, tail=tail: sparse_kl(
@@ -218,9 +216,6 @@ def _long_rows(dtype):
 @pytest.mark.parametrize("labelled", [False, True], ids=["", "labels"])
 @pytest.mark.skipif(not library.extension_built, reason="the extension is not built")
 def test_kernels_equal_their_references(dtype, temperature, labelled):
-    seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    print(f"{seed=}")  # what a failure is repeated with
     student, ids, weights, labels, mask = _long_rows(dtype)
     rows = (ids, weights, labels if labelled else None, mask)
     options = (LONG - 3, 50, temperature)

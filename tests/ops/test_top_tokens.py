@@ -60,16 +60,14 @@ def _check(ranks, seed, dtype, k, p):
 @DTYPES
 @pytest.mark.parametrize("k", [1, 20, VOCAB])
 @pytest.mark.parametrize("p", [None, 0.5, 0.99])
-def test_choice(dtype, k, p):
-    seed = torch.seed() % 2**31
+def test_choice(dtype, k, p, seed):
     _check([_run(0, 1, None, seed, dtype, k, p)], seed, dtype, k, p)
 
 
 @DTYPES
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize(("k", "p"), [(20, None), (VOCAB, 0.9), (60, 0.9)])
-def test_choice_over_ranks(dtype, world_size, k, p):
-    seed = torch.seed() % 2**31
+def test_choice_over_ranks(dtype, world_size, k, p, seed):
     ranks = run_distributed(_on_rank, world_size, seed, dtype, k, p)
     _check([(ids[..., :k], log_q[..., :k]) for ids, log_q in ranks], seed, dtype, k, p)
 
@@ -97,9 +95,6 @@ def _rows(dtype, columns):
     ("columns", "k"), [(5, 1), (5, 9), (333, 1), (333, 40), (333, 333), (20001, 1), (20001, 300)]
 )
 def test_kernel_equals_its_reference(dtype, columns, k):
-    seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    print(f"{seed=}")  # what a failure is repeated with
     rows, mask = _rows(dtype, columns + 7)
     arguments = (rows, mask, k, columns, 4 * columns, 1.7)
     found = torch.ops.minitron.top_candidates(*arguments)
