@@ -29,7 +29,7 @@ from minitron.ops.linear_kl import TeacherHidden, linear_kl
 # of zeros or noise is not.
 _LEAST_GAIN = 0.05
 
-ALLOW_UNTRAINED = "--teacher.allow_untrained"
+_ALLOW_UNTRAINED = "--teacher.allow_untrained"
 
 
 def shared_tokenizer(teacher: Path, student: Path) -> Tokenizer | None:
@@ -121,7 +121,7 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
         f"KL between them {means['kl']:.4f}"
     )
     if not teacher.config.allow_untrained:
-        check_trained(means["teacher"], teacher.model.arch, ALLOW_UNTRAINED)
+        check_trained(means["teacher"], teacher.model.arch, _ALLOW_UNTRAINED)
     sizes = student[0].arch.num_parameters, teacher.model.arch.num_parameters
     signs = []
     if sizes[0] > sizes[1]:
@@ -177,7 +177,7 @@ def check_teacher(teacher: LlamaModel, batch: Batch, *, allow_untrained: bool) -
         return
     log(f"before the first sample: teacher's loss {means['loss']:.4f} nats a token")
     if not allow_untrained:
-        check_trained(means["loss"], teacher.arch, ALLOW_UNTRAINED)
+        check_trained(means["loss"], teacher.arch, _ALLOW_UNTRAINED)
 
 
 def _losses(

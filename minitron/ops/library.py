@@ -82,6 +82,17 @@ def compose(
     return op
 
 
+def only_once(ctx: Any, reason: str) -> None:
+    """Refuse a second backward pass, where the first one writes over what is saved.
+
+    torch notices that by itself only as long as no hooks of saved tensors stand between, as those
+    of checkpointing do.
+    """
+    if hasattr(ctx, "went_backward"):
+        raise RuntimeError(f"backward through this loss a second time: {reason}; compute it again")
+    ctx.went_backward = True
+
+
 def _register(
     schema: str, function: Callable[..., Any], fake: Callable[..., Any]
 ) -> torch._ops.OpOverload:

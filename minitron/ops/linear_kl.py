@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron.ops.library import compose
+from minitron.ops.library import compose, only_once
 from minitron.ops.objectives import KL, KnownTokens, Logits, Losses, Objective, Teacher
 from minitron.ops.steps import Steps, take_turns
 from minitron.ops.top_tokens import rows_of_positions, top1_agreement
@@ -226,7 +226,7 @@ def _results(*args: Any) -> tuple[Tensor, ...]:
     """What the op returns, before it is computed."""
     given = _Arguments(*args)
     shape, dtype = given.token_weights.shape, accumulation_dtype(given.student.dtype)
-    tokens = shape.numel() if given.differentiate else 0
+    tokens = given.token_weights.numel() if given.differentiate else 0
     rows = given.student_head.size(0) if given.differentiate else 0
     return (
         given.student.new_empty(shape, dtype=dtype),
@@ -266,6 +266,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    only_once(ctx, "the gradients of linear_kl were scaled in place")
     hidden_grad, head_grad, weights = ctx.saved_tensors
     upstream, weights = upstream.flatten(), weights.flatten().to(upstream.dtype)
     upstream = upstream * (weights != 0)
@@ -316,16 +317,16 @@ def _losses_and_gradient(
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times a factor: in place, or block by block if it is of another dtype.
+    """The gradient times a factor, rounded once: in place if it is of the wanted dtype.
 
     In place, since nobody else has it: going backward twice is refused. A graph that is being
     traced has the op's results as its own and must not find them changed.
     """
-    if grad.dtype == dtype:
-        return grad.mul_(factor) if type(grad) is Tensor else grad * factor
-    scaled = torch.empty_like(grad, dtype=dtype)
+    in_place = grad.dtype == dtype and type(grad) is Tensor
+    scaled = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    factor = factor.view(1)  # a scalar of a GPU would be rounded to the gradient's dtype first
     for target, source in zip(scaled.split(_HEAD_ROWS), grad.split(_HEAD_ROWS), strict=True):
-        target.copy_(source * factor)
+        torch.mul(source, factor, out=target)
     return scaled
 
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron.ops import logit_kl_reference as reference
-from minitron.ops.library import compose, define
+from minitron.ops.library import compose, define, only_once
 from minitron.ops.vocab_parallel import (
     accumulation_dtype,
     first_column,
@@ -209,6 +209,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, weights: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.destination != "new":
+        only_once(ctx, f"the gradient of logit_kl was written over the {ctx.destination}'s logits")
     *rows, merged = ctx.saved_tensors
     student, teacher = rows[:2]
     destination = {"student": student, "teacher": teacher}.get(ctx.destination)

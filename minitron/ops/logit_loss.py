@@ -48,10 +48,11 @@ def logit_loss(
     if isinstance(teacher, KnownTokens):
         fits = all(x.shape[:-1] == student.shape[:-1] for x in teacher)
         fits &= teacher.ids.shape == teacher.log_probabilities.shape
-        sizes = " and ".join(str(list(x.shape)) for x in teacher)
     else:
-        fits, sizes = teacher.shape == student.shape, str(list(teacher.shape))
+        fits = teacher.shape == student.shape
     if not fits:
+        shown = teacher if isinstance(teacher, KnownTokens) else [teacher]
+        sizes = " and ".join(str(list(x.shape)) for x in shown)
         raise ValueError(
             f"student logits {list(student.shape)} and a teacher of {sizes} do not go together"
         )

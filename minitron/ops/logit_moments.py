@@ -59,7 +59,7 @@ class LogitDistance(Objective):
             wait = start_gathering(moments, logits.tp_group)
             yield
             gathered = wait()
-            losses, normalizers = gathered.new_zeros(4, len(moments)), gathered.new_empty(0)
+            losses, normalizers = gathered.new_zeros(4, moments.size(0)), gathered.new_empty(0)
         merged = merge_moments(gathered)
         distance, _, _ = self._distance(merged, logits.temperature)
         if logits.mask is not None:

@@ -36,7 +36,6 @@ from minitron.ops.vocab_parallel import (
     first_column,
     first_largest,
     gather_statistics,
-    largest_column,
     start_gathering,
     token_chunks,
 )
@@ -114,7 +113,8 @@ def top1_agreement(logits: Logits) -> Steps[Tensor]:
     whole = [logits.student]
     if isinstance(logits.teacher, Tensor):
         whole.append(logits.teacher)
-    found = [largest_column(rows, logits.valid_columns, logits.offset) for rows in whole]
+    options = (logits.mask, 1, logits.valid_columns, logits.offset, 1.0)
+    found = [candidates(rows, *options)[:, 2:] for rows in whole]  # logit and id
     wait = start_gathering(torch.cat(found, 1), logits.tp_group)
     yield
     first = [first_largest(x) for x in wait().split(2, dim=2)]

@@ -79,10 +79,15 @@ def start_gathering(statistics: Tensor, group: dist.ProcessGroup | None) -> Call
 
 
 def start_summing(values: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
-    """Begin to add up all ranks' values in the background; what is returned waits for the sum."""
+    """Begin to add up all ranks' values in the background; what is returned waits for the sum.
+
+    The sum takes the place of the values, but in a graph that is being traced.
+    """
     if group is None or group.size() == 1:
         return lambda: values
-    total = _collectives.all_reduce(values, "sum", group.group_name)
+    in_place = type(values) is Tensor and not torch.compiler.is_compiling()
+    all_reduce = _collectives.all_reduce_ if in_place else _collectives.all_reduce
+    total = all_reduce(values, "sum", group.group_name)
     return lambda: _collectives.wait_tensor(total)
 
 
@@ -120,7 +125,7 @@ def largest_column(rows: Tensor, valid_columns: int, offset: int) -> Tensor:
         valid_columns: leading columns that stand for a token.
         offset: id of the first column.
     """
-    found = rows.new_zeros(len(rows), 2, dtype=torch.float64)
+    found = rows.new_zeros(rows.size(0), 2, dtype=torch.float64)
     found[:, 0] = NO_COLUMNS
     if valid_columns:
         best = rows[:, :valid_columns].max(1)

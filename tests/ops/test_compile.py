@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from minitron.ops.activation_stats import activation_stats
 from minitron.ops.block_cosine import block_cosine
@@ -26,6 +27,7 @@ from tests.ops.definitions import OBJECTIVES
 S, B, H, WIDTH, VOCAB = 4, 2, 6, 24, 41
 """Two ranks have 24 columns each, the second with padding; one rank has the first 24 tokens."""
 
+AGREEMENT_STRIDE = 8  # that of training: most chunks have no such position
 KINDS_OF_LINEAR_KL = ("forward_kl", "tvd", "cosine", "top_p", "known_tokens")
 
 
@@ -43,17 +45,17 @@ class Inputs(NamedTuple):
     mask: Tensor
 
 
-def _inputs(seed: int, rank: int, device: str) -> Inputs:
+def _inputs(seed: int, rank: int, device: str, s: int = S) -> Inputs:
     common = torch.Generator().manual_seed(seed)
     own = torch.Generator().manual_seed(seed + 1 + rank)
-    logits = [torch.randn(S, B, WIDTH, generator=own) for _ in range(2)]
+    logits = [torch.randn(s, B, WIDTH, generator=own) for _ in range(2)]
     heads = [torch.randn(WIDTH, H, generator=own) for _ in range(2)]
-    hidden = [torch.randn(S, B, H, generator=common) for _ in range(2)]
-    ids = torch.stack([torch.randperm(WIDTH, generator=common)[:5] for _ in range(S * B)])
-    log_probabilities = torch.randn(S, B, 5, generator=common).log_softmax(-1) - 0.3
-    known = KnownTokens(ids.view(S, B, 5).to(device), log_probabilities.to(device))
-    labels = torch.randint(WIDTH, (S, B), generator=common)
-    mask = (torch.rand(S, B, generator=common) < 0.7).float()
+    hidden = [torch.randn(s, B, H, generator=common) for _ in range(2)]
+    ids = torch.stack([torch.randperm(WIDTH, generator=common)[:5] for _ in range(s * B)])
+    log_probabilities = torch.randn(s, B, 5, generator=common).log_softmax(-1) - 0.3
+    known = KnownTokens(ids.view(s, B, 5).to(device), log_probabilities.to(device))
+    labels = torch.randint(WIDTH, (s, B), generator=common)
+    mask = (torch.rand(s, B, generator=common) < 0.7).float()
     tensors = (logits[0], hidden[0], heads[0], logits[1], hidden[1], heads[1])
     return Inputs(*(x.to(device) for x in tensors), known, labels.to(device), mask.to(device))
 
@@ -89,7 +91,7 @@ def _call(name: str, x: Inputs, options: dict[str, Any]) -> Any:
                 token_weights=x.mask,
                 labels=x.labels,
                 lm_weight=0.4,
-                agreement=True,
+                agreement=1 if kind == "tvd" else AGREEMENT_STRIDE,
                 chunk_tokens=3,
                 sequence_parallel=kind == "cosine",
                 **options,
@@ -120,10 +122,7 @@ def _run_both(
     name: str, seed: int, backend: str, device: str = "cpu", rank: int = 0, size: int = 1
 ) -> list[Any]:
     """What the function returns, and its gradients, without torch.compile and with it."""
-    options: dict[str, Any] = {}
-    if name in SHARDED:
-        options["valid_columns"] = min(WIDTH, VOCAB - rank * WIDTH)
-        options["tp_group"] = dist.group.WORLD if size > 1 else None
+    options = _options(name, rank, size)
     torch.compiler.reset()
     compiled = torch.compile(_call, fullgraph=True, backend=backend)
     results = []
@@ -132,15 +131,27 @@ def _run_both(
         if name.endswith("cosine") and size > 1:
             parts = (t.chunk(size)[rank] for t in (inputs.hidden, inputs.teacher_hidden))
             inputs = inputs._replace(**dict(zip(("hidden", "teacher_hidden"), parts, strict=True)))
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
-        found = run(name, Inputs(*leaves, *inputs[3:]), options)
-        found = [found] if isinstance(found, Tensor) else list(found)
-        losses = [loss for loss in found if loss.requires_grad]
-        weights = inputs.mask if name.startswith("linear_kl") else 1
-        if losses:
-            sum((weights * loss).sum() for loss in losses).backward()
-        results.append([*(x.detach() for x in found), *(x.grad for x in leaves)])
+        results.append(_results(run, name, inputs, options))
     return results
+
+
+def _options(name: str, rank: int = 0, size: int = 1) -> dict[str, Any]:
+    if name not in SHARDED:
+        return {}
+    group = dist.group.WORLD if size > 1 else None
+    return {"valid_columns": min(WIDTH, VOCAB - rank * WIDTH), "tp_group": group}
+
+
+def _results(run: Any, name: str, inputs: Inputs, options: dict[str, Any]) -> list[Any]:
+    """What is returned, then the gradients."""
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    found = run(name, Inputs(*leaves, *inputs[3:]), options)
+    found = [found] if isinstance(found, Tensor) else list(found)
+    losses = [loss for loss in found if loss.requires_grad]
+    weights = inputs.mask if name.startswith("linear_kl") else 1
+    if losses:
+        sum((weights * loss).sum() for loss in losses).backward()
+    return [*(x.detach() for x in found), *(x.grad for x in leaves)]
 
 
 def _on_rank(name: str, seed: int) -> list[Any]:
@@ -161,6 +172,27 @@ def test_one_graph(name, device, seed):
 def test_one_graph_of_a_sharded_vocabulary(name, seed):
     for both in run_distributed(_on_rank, 2, name, seed):
         _check(*both)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("activation_stats", "block_cosine", "cross_entropy", "logit_kl new", "sparse_kl"),
+        *(f"logit_loss {name}" for name in ("forward_kl", "jsd", "mse", "top_k")),
+        *("linear_kl forward_kl", "linear_kl known_tokens", "top_tokens", "vocab_parallel_argmax"),
+    ],
+)
+def test_one_graph_for_any_number_of_tokens(name, seed):
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_call, fullgraph=True, backend=backend, dynamic=True)
+    graphs = []
+    for s in (S, S + 3):
+        inputs = _inputs(seed, 0, "cpu", s)
+        eager, found = (_results(run, name, inputs, _options(name)) for run in (_call, compiled))
+        _check(eager, found)
+        graphs.append(backend.frame_count)
+    assert graphs[0] == graphs[1]
 
 
 @pytest.mark.parametrize("name", ["linear_kl forward_kl", "logit_loss jsd"])

@@ -1,5 +1,6 @@
 """The losses of one sweep against fp64 autograd on whole logits, on 1, 2 and 4 ranks."""
 
+import contextlib
 import functools
 import math
 
@@ -253,6 +254,26 @@ def test_gradient_over_dead_logits(destination, dtype, device, seed):
         return grad
 
     assert torch.equal(gradient(destination), gradient("new"))
+
+
+@pytest.mark.parametrize("destination", ["student", "teacher"])
+@pytest.mark.parametrize("through_hooks", [False, True])
+def test_going_backward_twice_over_dead_logits_is_refused(destination, through_hooks, seed):
+    student, teacher, *_ = _inputs(seed, torch.float32, 20)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with hooks if through_hooks else contextlib.nullcontext():
+        x = student.requires_grad_() * 1
+        loss = logit_kl(x, teacher, valid_columns=20, gradient=destination).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=f"second time: .* over the {destination}'s logits"):
+        loss.backward()
+
+
+def test_going_backward_twice_into_new_memory(seed):
+    student, teacher, *_ = _inputs(seed, torch.float32, 20)
+    loss = logit_kl(student.requires_grad_(), teacher, valid_columns=20).sum()
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True) for _ in range(2))
+    assert torch.equal(*first, *second)
 
 
 def test_a_gradient_needs_room():
