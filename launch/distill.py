@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,10 @@ def main(recipe: Recipe) -> None:
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=side.tokenizer)
     open_run(recipe, inputs)
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
-    if recipe.resume:
-        trainer.resume()
-    metrics = trainer.run(recipe.until_step)
+    with contextlib.closing(trainer):
+        if recipe.resume:
+            trainer.resume()
+        metrics = trainer.run(recipe.until_step)
     finish_run(recipe, student, stage="distill", parents=models, metrics=metrics, files=files)
 
 

@@ -1,5 +1,10 @@
 """The exceptions that end a stage without being bugs."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class MinitronError(Exception):
     """A mistake that the user can mend.
@@ -18,3 +23,12 @@ class Stopped(Exception):
 
     A launcher exits with a status that says so (`minitron.stage.STOPPED`).
     """
+
+
+@contextlib.contextmanager
+def saying(where: str) -> Iterator[None]:
+    """Put before what is wrong where it is: `where: what`."""
+    try:
+        yield
+    except MinitronError as error:
+        raise MinitronError(f"{where}: {error}") from None

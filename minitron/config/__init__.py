@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from minitron.config import sources, typed
-from minitron.config.keys import Key, keys_of, parents, plain
+from minitron.config.keys import Key, Tree, keys_of, parents, plain
 from minitron.errors import MinitronError
 from minitron.metrics import launch_rank
+
+__all__ = ["Tree", "build", "check_paths", "parse", "save", "to_dict"]
 
 Recipe = TypeVar("Recipe")
 
@@ -47,10 +49,7 @@ def parse(recipe_class: type[Recipe], argv: Sequence[str] | None = None) -> Reci
     flags = sources.split_flags(sys.argv[1:] if argv is None else argv, keys)
     if "help" in flags:
         _print_and_exit(typed.help_text(recipe_class, keys))
-    given: dict[str, Any] = {}
-    for name, value in sources.assignments(flags, keys):
-        _assign(given, keys[name], value)
-    recipe = _build(recipe_class, "", keys, _resolve(keys, given))
+    recipe = _interpret(recipe_class, keys, sources.assignments(flags, keys))
     if "print_config" in flags:
         _print_and_exit(_to_yaml(recipe))
     return recipe
@@ -71,6 +70,21 @@ def check_paths(recipe: Any, prefix: str = "") -> None:
             raise MinitronError(f"--{name} {value} does not exist{where}; correct the path")
 
 
+def build(recipe_class: type[Recipe], *trees: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from mappings such as a key of type `Tree` holds, of which later ones win.
+
+    Args:
+        recipe_class: as for `parse`.
+        trees: nested or with dotted names, values as text or as what they are.
+
+    Raises:
+        MinitronError: as `parse` does.
+    """
+    keys = keys_of(recipe_class)
+    given = (assignment for tree in trees for assignment in sources.assignments_of(tree, keys))
+    return _interpret(recipe_class, keys, given)
+
+
 def to_dict(recipe: Any) -> dict[str, Any]:
     """The recipe, or a section, as plain values that JSON and YAML hold, in field order."""
     return plain(recipe)
@@ -79,6 +93,15 @@ def to_dict(recipe: Any) -> dict[str, Any]:
 def save(recipe: Any, path: Path) -> None:
     """Write the resolved recipe as YAML; `parse` with `--config path` gives it back."""
     path.write_text(_to_yaml(recipe), encoding="utf-8")
+
+
+def _interpret(
+    recipe_class: type[Recipe], keys: Mapping[str, Key], assignments: Iterable[tuple[str, Any]]
+) -> Recipe:
+    given: dict[str, Any] = {}
+    for name, value in assignments:
+        _assign(given, keys[name], value)
+    return _build(recipe_class, "", keys, _resolve(keys, given))
 
 
 def _assign(given: dict[str, Any], key: Key, value: Any) -> None:

@@ -17,6 +17,10 @@ from typing import Any, Literal
 
 from minitron.errors import MinitronError
 
+Tree = dict[str, Any]
+"""The type of a key that takes any mapping as it stands in YAML, scalars as text: keys of another
+recipe, for `config.build` to interpret."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Key:
@@ -201,6 +205,8 @@ def _words(hint: Any, *, plural: bool = False) -> str:
     }
     if hint in simple:
         return simple[hint][plural]
+    if hint == Tree:
+        return "a mapping of keys"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))

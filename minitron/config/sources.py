@@ -10,7 +10,7 @@ import yaml
 
 from minitron.config.keys import Key, show, unknown, wrong_type
 from minitron.config.typed import convert
-from minitron.errors import MinitronError
+from minitron.errors import MinitronError, saying
 
 _WITHOUT_VALUE = ("help", "print_config")
 
@@ -68,13 +68,20 @@ def assignments(
         MinitronError: a file cannot be read, a key is unknown, or a value has the wrong type.
     """
     for file in flags.get("config", ()):
-        try:
-            yield from _typed(_flatten(_read_yaml(Path(file)), keys), keys)
-        except MinitronError as error:
-            raise MinitronError(f"{file}: {error}") from None
+        with saying(file):
+            yield from assignments_of(_read_yaml(Path(file)), keys)
     for name, texts in flags.items():
         if name in keys:
             yield from _typed(_flatten(_flag_value(keys[name], texts), keys, name), keys)
+
+
+def assignments_of(tree: Mapping[str, Any], keys: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
+    """Yield what a mapping says, as `assignments` does of a file.
+
+    Raises:
+        MinitronError: a key is unknown, or a value has the wrong type.
+    """
+    yield from _typed(_flatten(tree, keys), keys)
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -148,7 +155,7 @@ def _flatten(value: Any, keys: Mapping[str, Key], name: str = "") -> Iterator[tu
         yield name, value
     elif name and keys[name].nullable and value is None:
         yield name, None
-    elif value is None or isinstance(value, dict):
+    elif value is None or isinstance(value, Mapping):
         if name:
             yield name, {}
         for field, inner in (value or {}).items():

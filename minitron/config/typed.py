@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from minitron.config.keys import Key, class_doc, expected, field_docs, plain, show, wrong_type
+from minitron.config.keys import (
+    Key,
+    Tree,
+    class_doc,
+    expected,
+    field_docs,
+    plain,
+    show,
+    wrong_type,
+)
 
 
 def convert(key: Key, value: Any) -> Any:
@@ -24,6 +33,10 @@ def convert(key: Key, value: Any) -> Any:
     if value is None:
         if key.nullable:
             return None
+        raise wrong_type(key, value)
+    if key.type == Tree:
+        if isinstance(value, dict):
+            return value
         raise wrong_type(key, value)
     if key.is_list and not isinstance(value, list):
         value = [value]

@@ -249,18 +249,14 @@ def _changes(recipe: Any, inputs: Mapping[str, str]) -> list[str] | None:
             than what may change.
     """
     saved, out = recipe.out / artifact.RECIPE, recipe.out
-    old, new = dict(_flatten(_read_recipe(saved))), dict(_flatten(config.to_dict(recipe)))
+    old, new = _flatten(_read_recipe(saved)), _flatten(config.to_dict(recipe))
     if (out / artifact.INPUTS).exists():  # older runs have none
         old |= {
             f"fingerprint of {role}": x
             for role, x in artifact.read_json(out / artifact.INPUTS).items()
         }
         new |= {f"fingerprint of {role}": x for role, x in inputs.items()}
-    differences = {
-        key: f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _ATTEMPT_KEYS
-    }
+    differences = _differences(old, new)
     changed = {key for key in differences if not _is_below(key, _FREE_KEYS)}
     changeable = hasattr(recipe, "allow_change") and changed <= set(_CHANGEABLE_KEYS)
     if changed and not (changeable and recipe.allow_change):
@@ -284,13 +280,39 @@ def _changes(recipe: Any, inputs: Mapping[str, str]) -> list[str] | None:
     return list(differences.values())
 
 
+def recipe_changes(
+    made: Mapping[str, Any], recipe: Any, *, apart_from: Sequence[str] = ()
+) -> list[str]:
+    """What a recipe says otherwise than the one that something was made with, a text for each key.
+
+    Args:
+        made: that recipe, as plain values.
+        recipe: of the same stage.
+        apart_from: keys and sections that may differ, beside what makes no other result.
+    """
+    differences = _differences(_flatten(made), _flatten(config.to_dict(recipe)))
+    free = (*_FREE_KEYS, *apart_from)
+    return [text for key, text in differences.items() if not _is_below(key, free)]
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What the flat recipe of an attempt has otherwise than another's, by key."""
+    return {
+        key: f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _ATTEMPT_KEYS
+    }
+
+
 def _is_below(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Any:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -186,3 +186,28 @@ def test_a_list_takes_several_values_and_commas_between_numbers():
     assert recipe.data.drop == (3, 4)
     with pytest.raises(MinitronError, match=r"data.drop=\['3', 'x'\]|data.drop"):
         parse("--out", "x", "--data.drop", "3,x")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: config.Tree = dataclasses.field(default_factory=dict)
+    """Keys of another recipe."""
+
+
+def test_a_recipe_inside_another_stays_text_until_it_is_built(tmp_path):
+    file = tmp_path / "outer.yaml"
+    file.write_text("inner: {out: 7, train: {lr: 1e-3}, train.steps: 5, data.path: [a, b]}")
+    outer = config.parse(Outer, ["--config", str(file)])
+    assert outer.inner["train"] == {"lr": "1e-3"}
+    config.save(outer, file)
+    assert config.parse(Outer, ["--config", str(file)]) == outer
+    assert config.parse(Outer, ["--inner", "{out: 7}"]) == Outer(inner={"out": "7"})
+
+    built = config.build(Recipe, {"seed": 3, "name": "x"}, outer.inner, {"train.steps": 6})
+    assert (built.out, built.seed, built.name) == (Path("7"), 3, "x")
+    assert (built.train.lr, built.train.steps, built.data.path) == (1e-3, 6, paths("a", "b"))
+    with pytest.raises(MinitronError, match=r"^unknown key train.stepz; did you mean train.steps"):
+        config.build(Recipe, outer.inner, {"train": {"stepz": 1}})
+    for text in ("7", "[a]", "null"):
+        with pytest.raises(MinitronError, match=r"^inner=.* is not valid; expected a mapping of k"):
+            config.parse(Outer, ["--inner", text])

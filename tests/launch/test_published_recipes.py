@@ -1,5 +1,6 @@
 """The recipes of the published Llama-3.1 students say what the papers say."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ STAGES = {
     "llama3.1_4b_search": "search",
     "llama3.1_4b_width_distill": "distill",
     "llama3.1_4b_depth_distill": "distill",
+    "llama3.1_8b_6b_4b_chain": "chain",
 }
 LLAMA_8B = Architecture(
     num_layers=32,
@@ -32,12 +34,17 @@ LLAMA_8B = Architecture(
 )
 
 
-def parse(name):
-    script = ROOT / "launch" / f"{STAGES[name]}.py"
+def load_script(stage):
+    script = ROOT / "launch" / f"{stage}.py"
     spec = importlib.util.spec_from_file_location(f"launch_{script.stem}", script)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return config.parse(module.Recipe, ["--config", str(ROOT / f"launch/recipes/{name}.yaml")])
+    return module
+
+
+def parse(name, stage=None):
+    recipe_class = load_script(stage or STAGES[name]).Recipe
+    return config.parse(recipe_class, ["--config", str(ROOT / f"launch/recipes/{name}.yaml")])
 
 
 def test_every_published_recipe_is_listed_here():
@@ -100,6 +107,44 @@ def test_search():
     sizes = [4_512_746_496, 4_540_469_248]
     assert all(recipe.budget.allows("params", size) for size in sizes)
     assert recipe.race.entrants == 18
+
+
+def test_chain_of_three_models():
+    """6b and 4b, by what the recipes of the single steps say."""
+    steps = load_script("chain").plan(parse("llama3.1_8b_6b_4b_chain"), LLAMA_8B)
+    assert [step.name for step in steps] == ["6b", "4b"]
+    assert [step.arch.num_parameters for step in steps] == [6_145_674_752, 4_512_746_496]
+    # Untied tables, 32 layers of attention (32 heads, 8 groups of 128), three matrices and norms.
+    h, f = 3584, 11776
+    layer = h * 6144 + 4096 * h + 3 * h * f + 2 * h
+    assert steps[0].arch.num_parameters == 2 * 128256 * h + 32 * layer + h
+    scoring, distilling = parse("llama3.1_8b_importance"), parse("llama3.1_4b_width_distill")
+    tokens = []
+    for step in steps:
+        scored, pruned, distilled = (stage.recipe for stage in step.stages)
+        for name in ("data", "importance", "parallel", "precision"):
+            assert getattr(scored, name) == getattr(scoring, name)
+        for name in ("data", "distill", "parallel", "precision"):
+            assert getattr(distilled, name) == getattr(distilling, name)
+        train = distilled.train
+        assert dataclasses.replace(train, steps=9960) == distilling.train
+        tokens.append(train.steps * train.global_batch_size * distilled.data.seq_length)
+        assert distilled.teacher.path == scoring.model.path
+        assert (pruned.scores.path, distilled.student.path) == (scored.out, pruned.out)
+    assert tokens == pytest.approx([47e9, 94e9], rel=1e-3)
+    assert steps[0].stages[0].recipe.model.path == scoring.model.path
+    assert steps[1].stages[0].recipe.model.path == steps[0].stages[-1].out
+
+
+def test_the_demos_chain_ends_at_the_demos_student():
+    teacher = parse("demo_teacher", "train").model.init
+    names = {field.name for field in dataclasses.fields(Architecture)} & vars(teacher).keys()
+    sizes = {name: vars(teacher)[name] for name in names if vars(teacher)[name] is not None}
+    source = Architecture(**(sizes | {"vocab_size": 2048}))
+    steps = load_script("chain").plan(parse("demo_chain", "chain"), source)
+    assert steps[-1].arch == target_shape(parse("demo_width_prune", "prune").prune, source)
+    learnt = sum(step.stages[-1].recipe.train.steps for step in steps)
+    assert learnt == parse("demo_distill", "distill").train.steps
 
 
 @pytest.mark.parametrize(
