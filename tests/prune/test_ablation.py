@@ -61,13 +61,13 @@ def brute_force(model, prefix, layers):
     return loss.item(), distance.item()
 
 
-def _measure(parallel, directory, prefix, config):
+def _measure(parallel, directory, prefix, config, precision="fp32"):
     model, batches, _ = open_calibration(
         directory,
         data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
         importance=ImportanceConfig(samples=7, micro_batch_size=2),
         topology=initialize(parallel),
-        precision="fp32",
+        precision=precision,
     )
     before = [layer.forward for layer in model.decoder.layers]
     depth = measure_depth(model, batches, config)
@@ -91,6 +91,18 @@ def test_trials_equal_models_without_the_layers(model, tokens, topology):
         loss, distance = brute_force(reference, tokens, trial.drop_layers)
         assert trial.lm_loss == pytest.approx(loss, rel=1e-6)
         assert trial.logit_distance == pytest.approx(distance, rel=1e-5)
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp2+sp pp2"])
+def test_trials_in_half_precision(model, tokens, topology):
+    """A bf16 number has 8 bits: losses and distances are off by less than a hundredth."""
+    directory, reference = model
+    config = AblationConfig(layers=True, samples=NUM_SAMPLES)
+    depth = run_on(topology, _measure, directory, tokens, config, "bf16")[0]
+    for trial in depth.layers:
+        loss, distance = brute_force(reference, tokens, trial.drop_layers)
+        assert trial.lm_loss == pytest.approx(loss, rel=0.01)
+        assert trial.logit_distance == pytest.approx(distance, rel=0.01)
 
 
 @pytest.mark.parametrize("criterion", ["lm_loss", "logit_distance"])

@@ -101,13 +101,13 @@ def _definition(model, prefix, num_samples):
     return scores, scales
 
 
-def _measure(parallel, directory, prefix, samples, micro_batch_size):
+def _measure(parallel, directory, prefix, samples, micro_batch_size, precision="fp32"):
     scores, calibration = measure_importance(
         directory,
         data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
         importance=ImportanceConfig(samples=samples, micro_batch_size=micro_batch_size),
         parallel=parallel,
-        precision="fp32",
+        precision=precision,
     )
     return asdict(scores), calibration
 
@@ -128,6 +128,7 @@ def _measure(parallel, directory, prefix, samples, micro_batch_size):
         ("dp2", 5, 3),
         ("tp2 pp2", 7, 2),
         ("tp2+sp pp2", 7, 2),
+        ("tp2 dp2", 7, 2),
         ("pp2 dp2", 6, 4),  # the second rank's micro-batch is half padding
     ],
 )
@@ -149,12 +150,34 @@ def test_scores_are_those_of_the_definition(model, tokens, topology, samples, mi
                 assert (errors.amax((2, 3)) <= TOLERANCE).all(), (name, errors.amax((2, 3)))
 
 
-@pytest.mark.parametrize("topology", ["pp2", "pp2 uneven", "dp2", "pp2 dp2"])
-def test_without_tensor_parallelism_no_bit_differs(model, tokens, topology):
+@pytest.mark.parametrize(
+    ("topology", "precision"),
+    [
+        ("pp2", "fp32"),
+        ("pp2 uneven", "fp32"),
+        ("dp2", "fp32"),
+        ("pp2 dp2", "fp32"),
+        ("pp2 dp2", "bf16"),
+    ],
+)
+def test_without_tensor_parallelism_no_bit_differs(model, tokens, topology, precision):
     (expected, _), (found, _) = (
-        run_on(ranks, _measure, model[0], tokens, NUM_SAMPLES, 2)[0] for ranks in ("tp1", topology)
+        run_on(ranks, _measure, model[0], tokens, NUM_SAMPLES, 2, precision)[0]
+        for ranks in ("tp1", topology)
     )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp4+sp", "tp2+sp pp2"])
+def test_half_precision_costs_no_more_than_its_rounding(model, tokens, topology):
+    """A bf16 number has 8 bits: scores are off from the fp32 model's by a few thousandths."""
+    expected, scales = _definition(model[1], tokens, NUM_SAMPLES)
+    found, _ = run_on(topology, _measure, model[0], tokens, NUM_SAMPLES, 2, "bf16")[0]
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        scale = scales.get(name, expected[name])
+        errors = (tensor.double() - expected[name]).abs() / scale
+        assert errors.mean() <= 0.01, name
 
 
 def test_samples_of_other_aggregations_rank_differently(model, tokens):
