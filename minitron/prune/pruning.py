@@ -98,7 +98,7 @@ def plan_pruning(
 
     Args:
         source: the shape of the model.
-        target: the shape to reach (`PruneConfig.target`).
+        target: the shape to reach (`target.target_shape`).
         scores: its importance; not needed where nothing is ranked (`needs_scores`).
         drop_layers: layers to drop, counted from 1; the least influential ones if None.
         head_ranking: see `width.choose_heads`.

@@ -144,7 +144,7 @@ def test_channels_that_stay_zero_go_first_and_are_not_missed(tmp_path):
     prefix = write_tokens(tmp_path / "tokens", SAMPLES * SEQ_LENGTH + 1)
     (measured,) = run_on("tp1", _measure, tmp_path / "model", prefix)
     arch = hf.read_architecture(tmp_path / "model")
-    target = PruneConfig(hidden_size=32 - num_dead).target(arch)
+    target = target_shape(PruneConfig(hidden_size=32 - num_dead), arch)
     for aggregations in itertools.product(("mean", "l2", "var"), repeat=2):
         scores = measured.scores(*aggregations)
         total = scores.hidden.sum(0)
