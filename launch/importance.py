@@ -10,8 +10,8 @@ from pathlib import Path
 from minitron.errors import MinitronError
 from minitron.sections.data import DataConfig
 from minitron.sections.eval import TaskConfig
-from minitron.sections.parallel import ParallelConfig, Precision
-from minitron.sections.prune import AblationConfig, ImportanceConfig
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import AblationConfig, ImportanceConfig, ScoringPrecision
 from minitron.stage import parse, run
 
 
@@ -44,8 +44,9 @@ class Recipe:
     """Tasks on which each of these trials is measured too."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks share the work; the scores are the same for all."""
-    precision: Precision = "fp32"
-    """Of weights and activations; sums are kept in fp64."""
+    precision: ScoringPrecision = "fp32"
+    """Of weights and activations; sums are kept in fp64 in any case. With fp64 the scores of all
+    topologies are the same but for the last bit of a few, for twice the memory."""
     seed: int = 1234
     """Has no effect: the data is read in order. Every stage accepts it."""
     overwrite: bool = False

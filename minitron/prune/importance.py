@@ -41,8 +41,8 @@ from minitron.ops.block_cosine import block_cosine
 from minitron.parallel import Topology, initialize, on_rank_zero
 from minitron.prune.scores import Importance, check_scores
 from minitron.sections.data import DataConfig
-from minitron.sections.parallel import ParallelConfig, Precision
-from minitron.sections.prune import ImportanceConfig
+from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import ImportanceConfig, ScoringPrecision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def measure_importance(
     data: DataConfig,
     importance: ImportanceConfig,
     parallel: ParallelConfig,
-    precision: Precision,
+    precision: ScoringPrecision,
 ) -> tuple[Importance, Calibration]:
     """Score every axis of a model directory; call on all ranks, which all get the scores.
 
@@ -89,7 +89,7 @@ def open_calibration(
     data: DataConfig,
     importance: ImportanceConfig,
     topology: Topology,
-    precision: Precision,
+    precision: ScoringPrecision,
 ) -> tuple[LlamaModel, EvalBatches, Calibration]:
     """This rank's part of a frozen model with hookable layers, and its calibration batches.
 
@@ -257,8 +257,9 @@ class _Collector:
     def _group_squares(self, x: Tensor) -> Tensor:
         """This rank's part of a group that lies on several: [s, b, n/t * d] → [s, b, g], else 0."""
         groups, topology = self._sizes["query_groups"], self._model.topology
-        total = x.new_zeros(*x.shape[:-1], groups, dtype=torch.float32)
-        total[..., topology.tp_rank * groups // topology.tp_size] = x.float().square().sum(-1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = x.new_zeros(*x.shape[:-1], groups, dtype=dtype)
+        total[..., topology.tp_rank * groups // topology.tp_size] = x.to(dtype).square().sum(-1)
         return total
 
     def _see_layer(

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minitron.errors import MinitronError
+from minitron.sections.parallel import Precision
+
+ScoringPrecision = Precision | Literal["fp64"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,17 @@ def test_scores_are_those_of_the_definition(model, tokens, topology, samples, mi
                 assert (errors.amax((2, 3)) <= TOLERANCE).all(), (name, errors.amax((2, 3)))
 
 
+@pytest.mark.parametrize("topology", ["tp2", "tp4+sp", "tp2+sp pp2", "dp2"])
+def test_in_fp64_scores_agree_to_the_last_bit(model, tokens, topology):
+    """Variances too, each relative to itself."""
+    (expected, _), (found, _) = (
+        run_on(ranks, _measure, model[0], tokens, NUM_SAMPLES, 2, "fp64")[0]
+        for ranks in ("tp1", topology)
+    )
+    for name, scores in expected.items():
+        torch.testing.assert_close(found[name], scores, rtol=2**-23, atol=0)
+
+
 @pytest.mark.parametrize(
     ("topology", "precision"),
     [
