@@ -1,8 +1,8 @@
 """A pool of ranks that distributed tests share.
 
-Starting a process and importing torch and megatron-core takes seconds, joining a gloo group
-milliseconds: so four processes are started once, and every test runs its function on the first
-`world_size` of them in a process group of its own.
+Importing torch and megatron-core takes seconds, joining a gloo group milliseconds: so four
+processes are forked once, from one that has imported both, and every test runs its function on the
+first `world_size` of them in a process group of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class RankPool:
     """Processes that run functions as the ranks of a gloo process group."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        # Forks of a process that has looked for GPUs cannot use them.
+        self._context = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        self._context.set_forkserver_preload(["tests.runs", "tests.reference"])
         self._processes: list[Any] = []
 
     def run(
