@@ -72,16 +72,15 @@ if __name__ == "__main__":
 
 from minitron import artifact, config
 from minitron.errors import MinitronError
-from minitron.metrics import log
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
 from minitron.prune.baselines import baseline_scores
 from minitron.prune.check import calibration_data, check_finite, compare_losses, losses_table
-from minitron.prune.depth import load_depth, ranked_layers
 from minitron.prune.importance import measure_importance
-from minitron.prune.pruning import PruningPlan, comparison, needs_scores, plan_pruning, prune_model
-from minitron.prune.scores import ImportanceScores, check_origin, load_scores
+from minitron.prune.pruning import comparison, needs_scores, prune_model
+from minitron.prune.scores import ImportanceScores
+from minitron.prune.selection import LayerChoice, plan_selected, stored_scores
 from minitron.prune.target import arithmetic, target_shape
 
 
@@ -104,22 +103,12 @@ def _drop_layers(
     recipe: Recipe, source: Architecture, target: Architecture
 ) -> Sequence[int] | None:
     """The layers that the recipe names or that trials beside its scores rank lowest, if either."""
-    prune = recipe.prune
     count = source.num_layers - target.num_layers
-    if prune.drop_layers or prune.layer_ranking == "block_influence" or not count:
-        return prune.drop_layers
-    path = recipe.scores.path
-    if path is None:
-        raise MinitronError(
-            f"prune.layer_ranking={prune.layer_ranking} needs --scores.path, a directory that "
-            "launch/importance.py wrote with --depth.layers, --depth.windows or --depth.greedy"
-        )
-    depth = load_depth(path)
-    check_origin(path, recipe.model.path)
-    layers = ranked_layers(depth, prune.layer_ranking, count)
-    name = depth.greedy_name if prune.layer_ranking == "greedy" else prune.layer_ranking
-    log(f"layers are chosen by {name}, on {depth.samples} samples")
-    return layers
+    if recipe.prune.drop_layers or not count:
+        return recipe.prune.drop_layers
+    choice = LayerChoice(recipe.prune, recipe.model.path, recipe.scores.path)
+    choice.log()
+    return choice.drop_layers(count)
 
 
 def _check_data(recipe: Recipe) -> DataConfig | None:
@@ -137,16 +126,9 @@ def _check_data(recipe: Recipe) -> DataConfig | None:
 
 def _scores(recipe: Recipe) -> ImportanceScores:
     """The scores that the recipe names, or new ones, measured by all ranks."""
-    if recipe.prune.method != "activation":
-        arch = hf.read_architecture(recipe.model.path)
-        weights = hf.open_weights(recipe.model.path, arch)
-        return baseline_scores(recipe.prune.method, arch, seed=recipe.seed, weights=weights)
-    path = recipe.scores.path
-    aggregation = recipe.prune.batch_aggregation, recipe.prune.sequence_aggregation
-    if path is not None:
-        scores = load_scores(path).scores(*aggregation)
-        on_rank_zero(lambda: artifact.verify(path if path.is_dir() else path.parent))
-        check_origin(path, recipe.model.path)
+    prune, model = recipe.prune, recipe.model.path
+    scores = stored_scores(prune, model, recipe.scores.path, seed=recipe.seed)
+    if scores is not None:
         return scores
     if recipe.data is None:
         raise MinitronError(
@@ -154,13 +136,13 @@ def _scores(recipe: Recipe) -> ImportanceScores:
             "launch/importance.py wrote) or --data.path to measure them now"
         )
     measured, _ = measure_importance(
-        recipe.model.path,
+        model,
         data=recipe.data,
         importance=recipe.importance,
         parallel=recipe.parallel,
         precision=recipe.precision,
     )
-    return measured.scores(*aggregation)
+    return measured.scores(prune.batch_aggregation, prune.sequence_aggregation)
 
 
 def _write(
@@ -172,19 +154,7 @@ def _write(
     check_data: DataConfig | None,
 ) -> None:
     prune = recipe.prune
-
-    def plan_by(scores: ImportanceScores | None, drop_layers: Sequence[int] | None) -> PruningPlan:
-        return plan_pruning(
-            source,
-            target,
-            scores,
-            drop_layers,
-            head_ranking=prune.head_ranking,
-            group_reduction=prune.group_reduction,
-            merge_heads=prune.merge_heads,
-        )
-
-    plan = plan_by(scores, drop_layers)
+    plan = plan_selected(prune, source, target, scores, drop_layers)
     if is_rank_zero():
         lines = [*arithmetic(prune, source), comparison(source, target)]
         if dropped := plan.dropped_layers(source):
@@ -212,7 +182,7 @@ def _write(
             losses = compare_losses(
                 recipe.model.path,
                 directory,
-                plan_by(chance, None),
+                plan_selected(prune, source, target, chance, None),
                 data=check_data,
                 check=recipe.check,
                 parallel=recipe.parallel,
@@ -221,6 +191,11 @@ def _write(
             if is_rank_zero():
                 print(losses_table(losses, source, target), flush=True)
             results["lm_loss"] = losses
+            results["lm_loss_data"] = {
+                "path": list(map(str, check_data.path)),
+                "seq_length": check_data.seq_length,
+                "samples": recipe.check.samples,
+            }
         elif recipe.check.samples:
             check_finite(
                 directory, parallel=recipe.parallel, precision=recipe.precision, seed=recipe.seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from minitron.errors import MinitronError
 from minitron.sections.data import DataConfig
 from minitron.sections.distill import DistillConfig
 from minitron.sections.parallel import ParallelConfig, Precision
+from minitron.sections.prune import SelectionConfig
 from minitron.sections.search import BudgetConfig, DeploymentConfig, GridConfig, RaceConfig
 from minitron.sections.train import TrainConfig
 from minitron.stage import parse, run
@@ -33,8 +35,9 @@ class ModelSource:
 class ScoresSource:
     """Importance scores of that model."""
 
-    path: Path
-    """Directory that launch/importance.py wrote."""
+    path: Path | None = None
+    """Directory that launch/importance.py wrote. Not read where prune.method needs no scores and
+    prune.layer_ranking no trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,10 @@ class Recipe:
 
     model: ModelSource
     """The model to make smaller; it is the teacher too."""
-    scores: ScoresSource
+    scores: ScoresSource = field(default_factory=ScoresSource)
     """Its importance scores."""
+    prune: SelectionConfig = field(default_factory=SelectionConfig)
+    """How what stays is chosen, for every shape; as in launch/prune.py."""
     grid: GridConfig = field(default_factory=GridConfig)
     """The shapes to look at: each size with all of the others; an axis without any stays."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -85,6 +90,11 @@ class Recipe:
         if self.grid == GridConfig():
             axes = ", ".join(f"grid.{axis.name}" for axis in dataclasses.fields(GridConfig))
             raise MinitronError(f"the grid has no sizes to search; give at least one of {axes}")
+        if self.scores.path is None and self.prune.method == "activation" and not self.list_only:
+            raise MinitronError(
+                "pruning needs importance scores; give --scores.path, a directory that "
+                "launch/importance.py wrote, or another prune.method"
+            )
         if self.data is None and not self.list_only:
             raise MinitronError(
                 "a race needs data; give --data.path and --data.valid_path, or --list_only to "
@@ -118,7 +128,8 @@ from minitron.model.arch import Architecture
 from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model
 from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
-from minitron.prune.scores import ImportanceScores, check_origin, check_scores, load_scores
+from minitron.prune.pruning import PruningPlan
+from minitron.prune.selection import LayerChoice, plan_selected, prune_flags, stored_scores
 from minitron.search.cost import LatencyMeter, memory_gb
 from minitron.search.plot import plot_race
 from minitron.search.race import run_race
@@ -126,7 +137,6 @@ from minitron.search.results import Candidate, Results, load_results
 from minitron.search.space import find_shapes
 from minitron.search.trials import Trials, check_candidate
 from minitron.sections.distill import TeacherConfig
-from minitron.sections.search import SIZES
 from minitron.train.checkpoint import ModelFiles
 from minitron.train.run import fingerprints, has_more_to_do, open_batches, open_run
 
@@ -137,7 +147,8 @@ def main(recipe: Recipe) -> None:
     rungs = recipe.race.all_rungs(recipe.train.steps)
     if recipe.list_only:
         initialize(ParallelConfig(), seed=recipe.seed)  # counting needs no ranks
-        results = on_rank_zero(lambda: _count(recipe, source))
+        layers = LayerChoice(recipe.prune, recipe.model.path, recipe.scores.path)
+        results = on_rank_zero(lambda: _count(recipe, source, layers))
         if is_rank_zero():
             print(results.table(()), flush=True)
         return
@@ -151,7 +162,9 @@ def main(recipe: Recipe) -> None:
     )
     source, weights = open_model(recipe.model.path)
     source.check_seq_length(recipe.data.seq_length)
-    scores = on_rank_zero(lambda: _scores(recipe, source))
+    scores = stored_scores(recipe.prune, recipe.model.path, recipe.scores.path, seed=recipe.seed)
+    assert scores is not None, "the recipe has checked"
+    layers = LayerChoice(recipe.prune, recipe.model.path, recipe.scores.path)
     tokenizer = find_tokenizer(recipe.model.path)
     batches, validation = open_batches(
         recipe.data,
@@ -166,13 +179,21 @@ def main(recipe: Recipe) -> None:
     inputs = fingerprints(read, batches, validation)
     if not has_more_to_do(recipe, inputs):
         return
-    results = on_rank_zero(lambda: _earlier_results(recipe, source) or _count(recipe, source))
+    results = on_rank_zero(
+        lambda: (
+            (recipe.resume and load_results(recipe.out, source)) or _count(recipe, source, layers)
+        )
+    )
     open_run(recipe, inputs)  # nothing is left behind by a grid of which nothing fits
     dtype = platform.DTYPES[recipe.precision]
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
-    trials = Trials(
-        source, weights, scores, topology, batches, validation, recipe.train, files, recipe.out
-    )
+    layers.log()
+
+    def plan(arch: Architecture) -> PruningPlan:
+        drop_layers = layers.drop_layers(source.num_layers - arch.num_layers)
+        return plan_selected(recipe.prune, source, arch, scores, drop_layers)
+
+    trials = Trials(plan, weights, topology, batches, validation, recipe.train, files, recipe.out)
     teaching = TeacherConfig(path=recipe.model.path)
     stages = teacher_topology(teaching, topology, source.num_layers)
     teacher = Teacher(build_llama(source, stages, weights, dtype=dtype), teaching)
@@ -194,11 +215,7 @@ def main(recipe: Recipe) -> None:
         print(f"\n{_advice(recipe, source, best)}\nwrote {recipe.out}", flush=True)
 
 
-def _earlier_results(recipe: Recipe, source: Architecture) -> Results | None:
-    return load_results(recipe.out, source) if recipe.resume else None
-
-
-def _count(recipe: Recipe, source: Architecture) -> Results:
+def _count(recipe: Recipe, source: Architecture, layers: LayerChoice) -> Results:
     """All shapes that fit, with what they cost."""
     use = recipe.deployment
     costs: dict[str, Callable[[Architecture], float]] = {
@@ -208,26 +225,18 @@ def _count(recipe: Recipe, source: Architecture) -> Results:
     }
     if recipe.budget.latency is not None:
         costs["latency"] = LatencyMeter(use).seconds
+
+    def check(arch: Architecture) -> None:
+        check_candidate(source, arch, recipe.parallel, recipe.prune)
+        layers.drop_layers(source.num_layers - arch.num_layers)
+
     shapes, refused = find_shapes(
-        source,
-        recipe.grid,
-        recipe.budget,
-        costs,
-        lambda arch: check_candidate(source, arch, recipe.parallel),
+        source, recipe.grid, recipe.budget, costs, check, reduction=recipe.prune.group_reduction
     )
     if refused:
         log(f"left out of the grid: {len(refused)}, the first because {refused[0]}")
     log(f"shapes that fit the budgets: {len(shapes)}")
     return Results(source=source, candidates=[Candidate(shape=shape) for shape in shapes])
-
-
-def _scores(recipe: Recipe, source: Architecture) -> ImportanceScores:
-    path = recipe.scores.path
-    scores = load_scores(path).scores()
-    artifact.verify(path if path.is_dir() else path.parent)
-    check_origin(path, recipe.model.path)
-    check_scores(scores, source)
-    return scores
 
 
 def _measure_pruned(results: Results, trials: Trials, save: Callable[[], None]) -> None:
@@ -279,7 +288,14 @@ def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidat
     """Write the winner's model, the table and the plot, and last the manifest."""
     steps, arch, loss = recipe.train.steps, best.shape.arch, best.losses[recipe.train.steps]
     parents = {"model": recipe.model.path, "scores": recipe.scores.path}
-    metrics = {"num_parameters": arch.num_parameters, "val_loss": loss}
+    assert recipe.data is not None, "the recipe has checked"
+    metrics = {
+        "num_parameters": arch.num_parameters,
+        "source_loss": results.source_loss,
+        "pruned_loss": best.pruned_loss,
+        "val_loss": loss,
+        "tokens": steps * recipe.train.global_batch_size * recipe.data.seq_length,
+    }
     directory = recipe.out / BEST_DIR
 
     def manifest(directory: Path) -> None:
@@ -287,7 +303,7 @@ def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidat
             directory,
             stage="search",
             recipe=config.to_dict(recipe),
-            parents=parents,
+            parents={role: path for role, path in parents.items() if path is not None},
             metrics={**metrics, "best": best.name, "shapes": len(results.candidates)},
         )
 
@@ -309,16 +325,15 @@ def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidat
 
 def _advice(recipe: Recipe, source: Architecture, best: Candidate) -> str:
     """How to go on from here."""
-    sizes = [
-        f"--prune.{name} {getattr(best.shape.arch, name)}"
-        for name in SIZES
-        if getattr(best.shape.arch, name) != getattr(source, name)
-    ]
+    read = {"model": recipe.model.path, "scores": recipe.scores.path}
+    flags = [text for role, path in read.items() if path for text in (f"--{role}", str(path))]
+    flags += prune_flags(recipe.prune, source, best.shape.arch)
+    if recipe.prune.method == "random":
+        flags += ["--seed", str(recipe.seed)]
     return (
         f"best: {best.name}, distilled for {recipe.train.steps} steps in "
         f"{recipe.out / BEST_DIR}; for a full distillation prune to it with\n"
-        f"  launch/prune.py --model {recipe.model.path} --scores {recipe.scores.path} "
-        f"{' '.join(sizes)} --out DIR"
+        f"  python launch/prune.py {shlex.join(flags)} --out DIR"
     )
 
 

@@ -55,6 +55,11 @@ class Run:
     """step, tokens and val_loss of every validation."""
     evaluation: Mapping[str, float] | None = None
     """lm_loss, perplexity and tokens."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """before and after, and tokens, of a stage without curves: of a pruned model its source's loss
+    and its own; of a search the winner's right after pruning and in the end."""
+    check_data: Mapping[str, Any] | None = None
+    """path, seq_length and samples that a pruned model's losses were measured on."""
     scores: Mapping[str, NDArray[np.float32]] | None = None
     """hidden [L, h], ffn [L, f], heads [L, n] and block_influence [L]."""
 
@@ -66,12 +71,12 @@ class Run:
     @property
     def validation_data(self) -> str | None:
         """What the losses were measured on; losses on different data do not compare."""
-        data = self.recipe.get("data") or {}
-        paths = data.get("path" if self.evaluation else "valid_path")
+        data = self.check_data or self.recipe.get("data") or {}
+        paths = data.get("path" if self.evaluation or self.check_data else "valid_path")
         if not paths:
             return None
         text = ", ".join(map(str, paths)) if isinstance(paths, list) else str(paths)
-        samples = None if self.evaluation else data.get("valid_samples")
+        samples = None if self.evaluation else data.get("samples", data.get("valid_samples"))
         first = f"the first {samples:,} samples of " if samples else ""
         length = f", sequences of {data['seq_length']:,}" if "seq_length" in data else ""
         return first + text + length
@@ -105,7 +110,7 @@ def read_run(path: Path, name: str) -> Run:
     finished = manifest is not None
     if manifest is None:
         manifest = {"recipe": _read_recipe(path / artifact.RECIPE)}
-    recipe = manifest.get("recipe", {})
+    recipe, results = manifest.get("recipe", {}), manifest.get("metrics", {})
     records = read_metrics(path / METRICS) if has_metrics else []
     return Run(
         path=path,
@@ -119,10 +124,12 @@ def read_run(path: Path, name: str) -> Run:
         ranks=manifest.get("ranks", 1),
         versions=manifest.get("versions", {}),
         created=manifest.get("created"),
-        num_parameters=manifest.get("metrics", {}).get("num_parameters"),
+        num_parameters=results.get("num_parameters"),
         training=_curve(records, "loss", "kl", "tokens_per_second"),
         validation=_curve(records, "val_loss"),
         evaluation=_read_evaluation(path / EVALUATION),
+        losses=_losses(manifest.get("stage"), results),
+        check_data=results.get("lm_loss_data"),
         scores=_read_scores(path / SCORES),
     )
 
@@ -158,6 +165,18 @@ def _curve(records: Sequence[Mapping[str, Any]], key: str, *more: str) -> Curve 
         column: np.array([_number(row.get(column)) for row in rows])
         for column in ("step", "tokens", key, *more)
     }
+
+
+def _losses(stage: str | None, results: Mapping[str, Any]) -> dict[str, float]:
+    """What the manifest of a stage without curves says of losses."""
+    found: dict[str, Any] = {}
+    if stage == "prune":
+        checked = results.get("lm_loss", {})
+        found = {"before": checked.get("source"), "after": checked.get("student")}
+    elif stage == "search":
+        found = {"before": results.get("pruned_loss"), "after": results.get("val_loss")}
+        found["tokens"] = results.get("tokens")
+    return {name: _number(value) for name, value in found.items() if value is not None}
 
 
 def _number(value: Any) -> float:

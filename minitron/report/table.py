@@ -54,7 +54,9 @@ class Cell:
 
 def row_of(run: Run) -> Row:
     """Reduce a run to its row."""
-    before = after = None
+    before, after, tokens = (
+        measured(run.losses.get(name, math.nan)) for name in ("before", "after", "tokens")
+    )
     if run.validation is not None:
         steps, losses = run.validation["step"], run.validation["val_loss"]
         before = measured(losses[0]) if steps[0] == 0 else None
@@ -63,13 +65,15 @@ def row_of(run: Run) -> Row:
         after = measured(run.evaluation["lm_loss"])
     has_loss = before is not None or after is not None
     curves = [curve for curve in (run.validation, run.training) if curve is not None]
+    if curves:
+        tokens = measured(max(curve["tokens"][-1] for curve in curves))
     return Row(
         model=run.name,
         stage=run.status,
         parameters=run.num_parameters,
         loss_before=before,
         loss_after=after,
-        tokens=measured(max((curve["tokens"][-1] for curve in curves), default=math.nan)),
+        tokens=tokens,
         data=(run.validation_data or "unknown data") if has_loss else None,
     )
 
@@ -108,7 +112,8 @@ class Table:
         """What the columns hold and on which data the losses were measured."""
         notes = [
             "loss: validation LM loss in nats per token, before the stage's first update and after "
-            f"its last; tokens: training tokens consumed; {MISSING}: not measured"
+            "its last; of a pruned model the source's and its own, of a search the best shape's; "
+            f"tokens: training tokens consumed; {MISSING}: not measured"
         ]
         several = len(self._data) > 1
         if any(cell.best for row in self.cells() for cell in row):

@@ -16,6 +16,7 @@ from typing import Any
 
 from minitron.errors import MinitronError
 from minitron.model.arch import Architecture
+from minitron.sections.prune import GroupReduction
 from minitron.sections.search import SIZES, BudgetConfig, GridConfig, Preset
 
 _PAPER_FFN = [2.5, 3.0, 3.5, 4.0]
@@ -57,8 +58,16 @@ class Shape:
         return "-".join(f"{letter}{getattr(self.arch, size)}" for letter, size in letters)
 
 
-def combinations(grid: GridConfig, source: Architecture) -> Iterator[dict[str, Any]]:
-    """The sizes of every shape of a grid, each once, in the order of the axes."""
+def combinations(
+    grid: GridConfig, source: Architecture, reduction: GroupReduction = "select"
+) -> Iterator[dict[str, Any]]:
+    """The sizes of every shape of a grid, each once, in the order of the axes.
+
+    Args:
+        grid: sizes to combine.
+        source: the model to prune.
+        reduction: of key/value heads; selected ones keep their own query heads, averaged ones all.
+    """
     grid = _with_preset(grid)
     share = source.num_attention_heads // source.num_query_groups
     seen = set()
@@ -70,7 +79,8 @@ def combinations(grid: GridConfig, source: Architecture) -> Iterator[dict[str, A
         ffns = grid.ffn_hidden_size or [source.ffn_hidden_size]
         if grid.ffn_multiples is not None:
             ffns = [round(multiple * hidden) for multiple in grid.ffn_multiples]
-        for ffn, heads in itertools.product(ffns, grid.num_attention_heads or [groups * share]):
+        all_heads = source.num_attention_heads if reduction == "mean" else groups * share
+        for ffn, heads in itertools.product(ffns, grid.num_attention_heads or [all_heads]):
             sizes = (layers, hidden, ffn, heads, groups)
             if sizes not in seen:
                 seen.add(sizes)
@@ -94,6 +104,8 @@ def find_shapes(
     budget: BudgetConfig,
     costs: Mapping[str, Callable[[Architecture], float]],
     check: Callable[[Architecture], None],
+    *,
+    reduction: GroupReduction = "select",
 ) -> tuple[list[Shape], list[MinitronError]]:
     """The shapes of a grid that fit the budgets, largest first, and why others are no shapes.
 
@@ -103,13 +115,14 @@ def find_shapes(
         budget: limits.
         costs: how to count, cheapest first; a shape that breaks a limit is not counted further.
         check: raises MinitronError for what cannot be pruned to or trained.
+        reduction: of key/value heads.
 
     Raises:
         MinitronError: nothing fits.
     """
     found, refused = [], []
     met: dict[str, list[float]] = {name: [] for name in costs}
-    for sizes in combinations(grid, source):
+    for sizes in combinations(grid, source, reduction):
         try:
             arch = dataclasses.replace(source, **sizes)
             check(arch)

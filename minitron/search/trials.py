@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minitron import artifact, platform
@@ -23,11 +23,10 @@ from minitron.model.llama import LlamaModel, build_chunks, check_parallel, freez
 from minitron.model.sharding import save_model
 from minitron.model.weights import WeightReader
 from minitron.parallel import Topology, on_rank_zero
-from minitron.prune.pruning import PrunedWeights, plan_pruning
-from minitron.prune.scores import ImportanceScores
+from minitron.prune.pruning import PrunedWeights, PruningPlan
 from minitron.prune.target import target_shape
 from minitron.sections.parallel import ParallelConfig
-from minitron.sections.prune import PruneConfig
+from minitron.sections.prune import PruneConfig, SelectionConfig
 from minitron.sections.search import SIZES
 from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles, checkpoint_path, load_checkpoint
@@ -37,7 +36,12 @@ from minitron.train.objective import LanguageModeling, Objective
 RACE_DIR = "race"
 
 
-def check_candidate(source: Architecture, arch: Architecture, parallel: ParallelConfig) -> None:
+def check_candidate(
+    source: Architecture,
+    arch: Architecture,
+    parallel: ParallelConfig,
+    selection: SelectionConfig,
+) -> None:
     """Refuse the source's own shape, one that it cannot be pruned to, or that ranks cannot share.
 
     Raises:
@@ -47,7 +51,13 @@ def check_candidate(source: Architecture, arch: Architecture, parallel: Parallel
     if arch == source:
         shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise MinitronError(f"{shown} is the model's own shape")
-    target_shape(PruneConfig(**sizes), source)
+    try:
+        target_shape(PruneConfig(**sizes, **vars(selection)), source)
+    except MinitronError as error:
+        message = str(error)
+        for name in SIZES:  # as this user gives them
+            message = message.replace(f"prune.{name}", f"grid.{name}")
+        raise MinitronError(message) from None
     check_parallel(arch, parallel)
 
 
@@ -55,9 +65,8 @@ class Trials:
     """Makes models of shapes on the ranks of this run; all ranks call everything.
 
     Args:
-        source: the model to prune.
-        weights: its tensors.
-        scores: its importance.
+        plan: what a shape takes of the model.
+        weights: the model's tensors.
         topology: this rank's place.
         batches: training data of this data-parallel rank, the same for all shapes.
         validation: held-out data that all losses are measured on.
@@ -68,9 +77,8 @@ class Trials:
 
     def __init__(
         self,
-        source: Architecture,
+        plan: Callable[[Architecture], PruningPlan],
         weights: WeightReader,
-        scores: ImportanceScores,
         topology: Topology,
         batches: TrainBatches,
         validation: EvalBatches,
@@ -78,9 +86,8 @@ class Trials:
         files: ModelFiles,
         out: Path,
     ) -> None:
-        self._source = source
+        self._plan = plan
         self._weights = weights
-        self._scores = scores
         self._topology = topology
         self._batches = batches
         self._validation = validation
@@ -148,7 +155,7 @@ class Trials:
         on_rank_zero(lambda: self._files.write(directory, arch))
 
     def _build(self, arch: Architecture, *, trained: bool = False) -> list[LlamaModel]:
-        pruned = PrunedWeights(self._weights, plan_pruning(self._source, arch, self._scores))
+        pruned = PrunedWeights(self._weights, self._plan(arch))
         return build_chunks(
             arch,
             self._topology,

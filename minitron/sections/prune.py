@@ -107,8 +107,8 @@ _SIZES = (*WIDTHS, "num_layers", "drop_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """The shape to reach, where what is not named stays as it is; and how to choose what stays."""
+class SizesConfig:
+    """The sizes to reach; what is not named stays as it is."""
 
     hidden_size: int | None = None
     """Embedding channels to keep, the same ones in all layers."""
@@ -124,6 +124,12 @@ class PruneConfig:
     drop_layers: list[int] | None = None
     """Layers to drop whatever their influence, counted from 1: of 32, the first is 1, the last 32.
     Needs no scores and no data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How to choose what stays."""
+
     layer_ranking: LayerRanking = "block_influence"
     """What ranks layers: block_influence; what leaving each out alone does to the loss (lm_loss),
     the logits (logit_distance) or the accuracy on tasks (accuracy); the run of neighbours that is
@@ -147,6 +153,12 @@ class PruneConfig:
     """Add to the query projection of kept heads its difference to that of pruned ones, with this
     sign: plus is the paper's formula, minus puts the pruned head in the place of the kept one. No
     published model uses either; measure before you trust it. No effect where all heads stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(SelectionConfig, SizesConfig):
+    """The shape to reach, where what is not named stays as it is; and how to choose what stays."""
+
     multiple: int = 1
     """Round the hidden size, and the neurons of each rank, to a multiple that suits kernels, such
     as 64 or 128. Only sizes that are given are rounded; the arithmetic is printed."""

@@ -42,7 +42,7 @@ class GridConfig:
     """Query heads to keep."""
     num_query_groups: list[int] | None = None
     """Key/value heads to keep. Unless num_attention_heads says otherwise, their query heads stay
-    with them."""
+    with them; all query heads if prune.group_reduction is mean."""
 
     def __post_init__(self) -> None:
         if self.ffn_hidden_size is not None and self.ffn_multiples is not None:

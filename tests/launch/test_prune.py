@@ -193,7 +193,10 @@ def test_the_scores_know_the_data_of_the_check(tmp_path, scores, model, prune, c
     arguments = ("--model", model, "--scores", scores, "--prune.num_layers", 3)
     check = ("--check.samples", 4, "--out", tmp_path / "out", "--overwrite")
     prune(*arguments, *check)
-    losses = artifact.read_manifest(tmp_path / "out")["metrics"]["lm_loss"]
+    metrics = artifact.read_manifest(tmp_path / "out")["metrics"]
+    losses = metrics["lm_loss"]
+    checked = {"path": [str(prefix)], "seq_length": SEQ_LENGTH, "samples": 4}
+    assert metrics["lm_loss_data"] == checked
     student = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     stream = torch.from_numpy(TokenStream(prefix).read(0, 4 * SEQ_LENGTH + 1))
     with torch.no_grad():

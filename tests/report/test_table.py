@@ -4,7 +4,13 @@ import pytest
 
 from minitron.report.runs import read_runs
 from minitron.report.table import HEADER, Table, count_text, row_of
-from tests.report.run_dirs import evaluation, score_directory, training_run, write_manifest
+from tests.report.run_dirs import (
+    VALID_DATA,
+    evaluation,
+    score_directory,
+    training_run,
+    write_manifest,
+)
 
 OTHER_DATA = {"path": ["train.bin"], "valid_path": ["other.bin"], "seq_length": 64}
 
@@ -60,6 +66,33 @@ def test_a_first_validation_after_training_began_is_not_before(tmp_path):
 def test_evaluation_is_a_loss_without_training(tmp_path):
     (row,) = table_of(evaluation(tmp_path / "eval", 2.5)).rows
     assert (row.loss_before, row.loss_after, row.tokens) == (None, 2.5, None)
+
+
+CHECK = {"path": ["calibration"], "seq_length": 32, "samples": 16}
+
+
+def test_a_pruned_model_shows_its_sources_loss_and_its_own(tmp_path):
+    losses = {"source": 2.0, "student": 5.0, "random": 9.0}
+    made = {"num_parameters": 1000, "lm_loss": losses, "lm_loss_data": CHECK}
+    recipe = {"data": None, "check": {"samples": 16}}
+    table = table_of(
+        write_manifest(tmp_path / "pruned", "prune", recipe=recipe, **made),
+        write_manifest(tmp_path / "unchecked", "prune", recipe=recipe, num_parameters=1000),
+    )
+    shown = columns(table)
+    assert (shown["loss before"], shown["loss after"]) == (("2.000", "-"), ("5.000", "-"))
+    notes = "losses measured on the first 16 samples of calibration, sequences of 32"
+    assert notes in table.notes()
+
+
+def test_a_search_shows_the_losses_of_its_winner(tmp_path):
+    recipe = {"data": {**VALID_DATA, "valid_samples": 8}}
+    losses = {"source_loss": 2.0, "pruned_loss": 7.0, "val_loss": 4.0, "tokens": 1_900_000_000}
+    made = {"num_parameters": 1000, "best": "L2", **losses}
+    table = table_of(write_manifest(tmp_path / "best", "search", recipe=recipe, **made))
+    (row,) = table.rows
+    assert (row.loss_before, row.loss_after, row.tokens) == (7.0, 4.0, 1.9e9)
+    assert row.data == "the first 8 samples of valid.bin, sequences of 64"
 
 
 def test_scores_are_no_model(tmp_path):

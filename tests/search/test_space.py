@@ -10,6 +10,7 @@ from minitron.model.arch import Architecture
 from minitron.search.space import Shape, combinations, find_shapes
 from minitron.search.trials import check_candidate
 from minitron.sections.parallel import ParallelConfig
+from minitron.sections.prune import SelectionConfig
 from minitron.sections.search import SIZES, BudgetConfig, GridConfig
 
 LLAMA_8B = Architecture(
@@ -104,7 +105,7 @@ def test_what_lies_between_the_two_llamas():
         GridConfig(preset="llama3.1_4b"),
         BudgetConfig(params=[4.29e9, 4.74e9]),
         {"params": params},
-        lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig()),
+        lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig(), SelectionConfig()),
     )
     expected = set()
     for layers, h, f in itertools.product(
@@ -142,6 +143,8 @@ def test_query_heads_stay_with_their_group_and_no_shape_comes_twice():
     grid = GridConfig(num_query_groups=[8, 4], ffn_multiples=[2.0, 2.0], hidden_size=[4096])
     sizes = [tuple(s.values()) for s in combinations(grid, LLAMA_8B)]
     assert sizes == [(32, 4096, 8192, 32, 8), (32, 4096, 8192, 16, 4)]
+    sizes = [tuple(s.values()) for s in combinations(grid, LLAMA_8B, "mean")]
+    assert sizes == [(32, 4096, 8192, 32, 8), (32, 4096, 8192, 32, 4)]
 
 
 def test_each_budget_keeps_what_brute_force_keeps():
@@ -195,7 +198,9 @@ def test_what_breaks_a_cheap_limit_is_not_timed():
 
 def test_shapes_that_cannot_be_are_told_apart():
     def check(arch):
-        check_candidate(LLAMA_8B, arch, ParallelConfig(tensor_model_parallel_size=2))
+        check_candidate(
+            LLAMA_8B, arch, ParallelConfig(tensor_model_parallel_size=2), SelectionConfig()
+        )
 
     grid = GridConfig(
         hidden_size=[3072, 3100, 8192], num_attention_heads=[32, 20], ffn_hidden_size=[1000, 1001]
@@ -206,7 +211,7 @@ def test_shapes_that_cannot_be_are_told_apart():
     assert len(refused) == 11
     assert "is not a multiple of num_query_groups=8" in reasons
     assert "hidden_size=3100 is not a multiple of num_attention_heads=32" in reasons
-    assert "hidden_size=8192, but the model has 4096" in reasons
+    assert "grid.hidden_size=8192, but the model has 4096" in reasons
     assert "not divisible by parallel.tensor_model_parallel_size=2" in reasons
 
 
@@ -217,7 +222,7 @@ def test_the_models_own_shape_is_none_to_search():
         grid,
         BudgetConfig(),
         {"params": params},
-        lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig()),
+        lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig(), SelectionConfig()),
     )
     assert [shape.arch.num_layers for shape in shapes] == [28]
     assert "is the model's own shape" in str(*refused)
@@ -273,9 +278,9 @@ def test_a_grid_of_which_nothing_can_be_made():
             GridConfig(num_layers=[64]),
             BudgetConfig(),
             {"params": params},
-            lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig()),
+            lambda arch: check_candidate(LLAMA_8B, arch, ParallelConfig(), SelectionConfig()),
         )
     assert str(caught.value) == (
         "no shape of the grid, out of 1, can be made of this model, the first because "
-        "prune.num_layers=64, but the model has 32; choose 1 to 32; change the grid"
+        "grid.num_layers=64, but the model has 32; choose 1 to 32; change the grid"
     )
