@@ -46,7 +46,9 @@ class Recipe:
     overwrite: bool = False
     """Replace `out` if minitron wrote it."""
     resume: bool = False
-    """Write what is missing in `out`; starts anew if there is nothing."""
+    """Write what is missing in `out`; starts anew if there is nothing. A complete store is extended
+    to more samples of the same data, with what it holds; until the end that takes its space twice.
+    """
 
 
 if __name__ == "__main__":
@@ -58,13 +60,13 @@ from minitron.data.batches import prepare_data
 from minitron.data.tokenizer import find_tokenizer
 from minitron.distill.gates import check_teacher, check_weights
 from minitron.distill.offline.cache import (
-    check_continues,
     check_vocabulary,
     close_store,
     describe,
     open_store,
     write_missing_shards,
 )
+from minitron.distill.offline.earlier import discard_earlier, open_earlier, take_over
 from minitron.distill.offline.samples import choose_samples, first_batch
 from minitron.model.llama import build_llama, freeze
 from minitron.model.sharding import open_model
@@ -108,8 +110,9 @@ def main(recipe: Recipe) -> None:
     def begin() -> None:
         if out.exists() and recipe.overwrite and not recipe.resume:
             shutil.rmtree(out.resolve())
+            discard_earlier(out)
         if recipe.resume:
-            check_continues(out, info)
+            take_over(out, info, samples)
         artifact.create_directory(out.resolve())
         config.save(recipe, out / artifact.RECIPE)
         open_store(out, info, samples)
@@ -123,6 +126,7 @@ def main(recipe: Recipe) -> None:
             parents={"teacher": teacher},
             metrics=metrics,
         )
+        discard_earlier(out)
         print(
             f"wrote {out}: {metrics['samples']:,} samples, {metrics['tokens']:,} tokens, "
             f"{metrics['bytes']:,} bytes, {metrics['bytes_per_token']:.1f} a token",
@@ -130,7 +134,9 @@ def main(recipe: Recipe) -> None:
         )
 
     on_rank_zero(begin)
-    write_missing_shards(model, samples, info, out, micro_batch_size=size)
+    write_missing_shards(
+        model, samples, info, out, micro_batch_size=size, earlier=open_earlier(out)
+    )
     on_rank_zero(finish)
 
 

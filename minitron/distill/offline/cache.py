@@ -4,7 +4,7 @@ What is stored of a sample depends on the sample alone. Its draws come from a ge
 seeded with the sample's name, and a shard holds the same samples whoever writes it: replicas share
 out whole shards, and never wait for each other. So neither topology nor batch size changes a store
 beyond the rounding of logits, and an attempt that was killed is continued, on any other topology,
-with the shards that are missing.
+with the shards that are missing. What an earlier store holds of a sample is as good as the teacher.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ from minitron.distill.offline.block import MAX_ID, encode_draws, encode_top_k
 from minitron.distill.offline.files import (
     SAMPLES,
     SHARDS,
-    STORE,
     StoreInfo,
     StreamInfo,
-    differences,
-    read_info,
     shard_path,
     split_key,
     tokens_checksum,
@@ -41,6 +38,7 @@ from minitron.distill.offline.files import (
     write_shard,
 )
 from minitron.distill.offline.samples import SampleSet, grouped
+from minitron.distill.offline.store import LogitStore
 from minitron.errors import MinitronError
 from minitron.metrics import progress
 from minitron.model.llama import LlamaModel
@@ -115,20 +113,6 @@ def describe(
     )
 
 
-def check_continues(out: Path, info: StoreInfo) -> None:
-    """Refuse to go on with what an earlier attempt left, if it was at another store.
-
-    Raises:
-        MinitronError: with what differs.
-    """
-    changed = differences(read_info(out), info) if (out / STORE).exists() else []
-    if changed:
-        raise MinitronError(
-            f"--resume would continue another store than {out / STORE}: {'; '.join(changed)}; "
-            "take the old values or another --out"
-        )
-
-
 def open_store(out: Path, info: StoreInfo, samples: SampleSet) -> None:
     """Create a store, or take over what an earlier attempt left; one process calls this."""
     artifact.create_directory(out / SHARDS)
@@ -155,14 +139,29 @@ def close_store(out: Path, info: StoreInfo) -> dict[str, float]:
 
 
 def write_missing_shards(
-    model: LlamaModel, samples: SampleSet, info: StoreInfo, out: Path, *, micro_batch_size: int
+    model: LlamaModel,
+    samples: SampleSet,
+    info: StoreInfo,
+    out: Path,
+    *,
+    micro_batch_size: int,
+    earlier: LogitStore | None = None,
 ) -> None:
     """Run a frozen teacher over all samples whose shard is not there; call on all ranks.
+
+    Args:
+        model: the teacher.
+        samples: of the store.
+        info: what it says of itself.
+        out: its directory.
+        micro_batch_size: samples that one data-parallel rank takes through the model at a time.
+        earlier: a store with the same of some samples, which are copied.
 
     Raises:
         MinitronError: a shard cannot be written.
     """
     topology = model.topology
+    writes = topology.is_last_stage and topology.tp_rank == 0
     missing = on_rank_zero(
         lambda: [n for n in range(info.num_shards) if not shard_path(out, n).exists()]
     )
@@ -175,10 +174,15 @@ def write_missing_shards(
     ) as bar:
         for number in missing[topology.dp_rank :: topology.dp_size]:
             keys = samples.keys[number * per_shard : (number + 1) * per_shard]
-            for batches in grouped(samples, keys, micro_batch_size, 4 * topology.pp_size):
+            held = np.array([earlier is not None and earlier.holds(samples.name(k)) for k in keys])
+            for batches in grouped(samples, keys[~held], micro_batch_size, 4 * topology.pp_size):
                 run_schedule(model, batches, recorder.record, forward_only=True)
-            blocks = recorder.take()
-            if blocks:
+            if writes:
+                new = iter(recorder.take())
+                blocks = [
+                    earlier.read_block(samples.name(key)) if earlier and is_held else next(new)
+                    for key, is_held in zip(keys, held, strict=True)
+                ]
                 write_shard(shard_path(out, number), blocks)
             step = len(keys) * info.seq_length * topology.dp_size  # replicas keep pace
             bar.update(min(step, total - done))

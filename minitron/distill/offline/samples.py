@@ -29,6 +29,11 @@ class SampleSet:
         stream, number = split_key(key)
         return self.streams[stream][number]
 
+    def name(self, key: int) -> tuple[int, int]:
+        """Fingerprint of a key's token stream and number of its sample in it."""
+        stream, number = split_key(int(key))
+        return self.streams[stream].sample_id(number)
+
 
 def first_batch(samples: SampleSet, size: int) -> Batch:
     """The first samples as one micro-batch."""

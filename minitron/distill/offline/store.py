@@ -43,7 +43,8 @@ class LogitStore:
             raise MinitronError(
                 f"{path} is not complete; finish it with launch/cache_logits.py --resume"
             )
-        self._keys = self._read_keys()
+        self.keys = self._read_keys()
+        """Of the samples, ascending."""
         self._streams = {int(s.fingerprint, 16): i for i, s in enumerate(self.info.streams)}
         for number, size in enumerate(self.info.shard_bytes):
             shard = shard_path(path, number)
@@ -113,8 +114,7 @@ class LogitStore:
         Raises:
             MinitronError: the sample is not in the store, was made of other tokens, or is damaged.
         """
-        shard, row = divmod(self._find(*sample_id), self.info.shard_samples)
-        block, tokens_crc = self._read_block(shard, row)
+        block, tokens_crc = self.read_block(sample_id)
         name = f"sample {sample_id[1]} of {self._stream_path(sample_id[0])}"
         if tokens_checksum(tokens) != tokens_crc:
             raise MinitronError(
@@ -126,6 +126,14 @@ class LogitStore:
         if info.draws is not None:
             return decode_draws(block, info.seq_length, info.draws, info.floats)
         return decode_top_k(block, info.seq_length, info.floats)
+
+    def holds(self, sample_id: tuple[int, int]) -> bool:
+        """Whether a sample is in the store."""
+        stream, number = sample_id
+        if stream not in self._streams:
+            return False
+        key = sample_key(self._streams[stream], number)
+        return bool(self.keys[np.searchsorted(self.keys, key) % len(self.keys)] == key)
 
     def _holds_all(self, stream: int) -> bool:
         """Whether the store holds every sample of a stream, so that none needs to be looked for."""
@@ -143,8 +151,8 @@ class LogitStore:
                 f"data has; it was made of {known}: give the same data or cache the logits again"
             )
         key = sample_key(self._streams[stream], number)
-        position = int(np.searchsorted(self._keys, key))
-        if position == len(self._keys) or self._keys[position] != key:
+        position = int(np.searchsorted(self.keys, key))
+        if position == len(self.keys) or self.keys[position] != key:
             info = self.info.streams[self._streams[stream]]
             raise MinitronError(
                 f"{self.path} lacks sample {number} of {info.path}, of whose {info.num_windows} "
@@ -169,8 +177,13 @@ class LogitStore:
             )
         return keys
 
-    def _read_block(self, shard: int, row: int) -> tuple[bytes, int]:
-        """The compressed block of a sample and the checksum of its tokens."""
+    def read_block(self, sample_id: tuple[int, int]) -> tuple[bytes, int]:
+        """The compressed block of a sample and the checksum of its tokens.
+
+        Raises:
+            MinitronError: the sample is not in the store, or is damaged.
+        """
+        shard, row = divmod(self._find(*sample_id), self.info.shard_samples)
         path, size = shard_path(self.path, shard), self.info.shard_bytes[shard]
         count = min(
             self.info.shard_samples, self.info.num_samples - shard * self.info.shard_samples

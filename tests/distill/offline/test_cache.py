@@ -1,6 +1,8 @@
 """Stores that ranks write, against plain PyTorch and against each other."""
 
 import io
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,14 +12,16 @@ import torch.nn.functional as F
 from minitron import artifact, metrics
 from minitron.data.indexed import TokenStream
 from minitron.data.sampling import Blend, TokenWindows
-from minitron.distill.offline.cache import check_vocabulary, draw_uniform
+from minitron.distill.offline import cache as cache_module
+from minitron.distill.offline.cache import check_vocabulary, draw_uniform, open_store
+from minitron.distill.offline.earlier import take_over
 from minitron.distill.offline.files import shard_path, split_key
 from minitron.distill.offline.samples import choose_samples
 from minitron.distill.offline.store import LogitStore
 from minitron.errors import MinitronError
 from minitron.sections.data import DataConfig
 from minitron.sections.distill import CacheConfig
-from tests.distill.offline.stores import write_store
+from tests.distill.offline.stores import describe_store, write_store
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
 
@@ -137,6 +141,64 @@ def test_another_store_is_not_continued(world, tmp_path):
     with pytest.raises(AssertionError, match=rf"{message}") as error:
         run_on("tp1", write_store, *arguments, CacheConfig(top_k=6), out, 8, True)
     assert "seed: 7 -> 8; top_k: 5 -> 6;" in str(error.value)
+
+
+def _count_samples(parallel, *arguments):
+    """Write a store; how many samples this rank's part of the teacher has seen."""
+    with mock.patch.object(cache_module, "run_schedule", wraps=cache_module.run_schedule) as runs:
+        write_store(parallel, *arguments)
+    return sum(int(batch.valid.sum()) for call in runs.call_args_list for batch in call.args[1])
+
+
+@pytest.mark.parametrize(
+    ("cache", "topology", "seen"), [(TOP_K, "pp2 dp2", 2 * 4), (DRAWS, "tp1", 4)]
+)
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_complete_store_is_extended(world, tmp_path, cache, topology, seen, interrupted):
+    """The larger one is byte for byte what it would be at once, and the teacher sees the rest."""
+    root, _, data = world
+    whole = _store(world, tmp_path / "whole", "tp1", cache)
+    out = tmp_path / "store"
+    part = _store(world, out, "tp1", replace(cache, max_samples=3))
+    assert part.info.num_samples == 6
+    if interrupted:
+        samples, info = describe_store(root / "teacher", data, cache, SEED)
+        take_over(out, info, samples)
+        open_store(out, info, samples)
+    arguments = (root / "teacher", data, cache, out, SEED, True)
+    assert sum(run_on(topology, _count_samples, *arguments)) == seen
+    store = LogitStore(out)
+    assert store.info.num_samples == 10
+    assert _shards(store) == _shards(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "whole"]
+
+
+def test_what_is_not_more_of_the_same_is_refused(world, tmp_path):
+    root, _, data = world
+    out = tmp_path / "store"
+
+    def refusal(cache, data=data):
+        samples, info = describe_store(root / "teacher", data, cache, SEED)
+        with pytest.raises(MinitronError) as caught:
+            take_over(out, info, samples)
+        return str(caught.value)
+
+    part = replace(TOP_K, max_samples=3)
+    _store(world, out, "tp1", part)
+    train = next(i for i, s in enumerate(LogitStore(out).info.streams) if s.num_windows == 7)
+    remedy = "take the old values or another --out"
+    another = f"--resume would continue another store than {out / 'store.json'}: "
+    assert refusal(replace(part, max_samples=2)) == (
+        f"{another}streams.{train}.num_samples: 3 -> 2; {remedy}"
+    )
+    assert "top_k: 5 -> 6; " in refusal(CacheConfig(top_k=6))
+    assert refusal(TOP_K, replace(data, valid_path=[])).startswith(f"{another}streams.0.")
+    (out / artifact.MANIFEST).unlink()
+    assert refusal(TOP_K) == (
+        f"--resume would extend {out}, which is not complete: streams.{train}.num_samples: "
+        "3 -> 7; first finish it with the old values"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_samples_of_a_run_are_chosen_in_its_order(world):
