@@ -126,11 +126,11 @@ def main(recipe: Recipe) -> None:
     num_samples = recipe.train.steps * recipe.train.global_batch_size
     objective = side.objective(student, batches, validation, num_samples=num_samples, **options)
     files = ModelFiles(dtype=dtype, base_dir=student_path, tokenizer=side.tokenizer)
-    open_run(recipe, inputs)
     trainer = Trainer(student, objective, batches, validation, recipe.train, recipe.out, files)
     with contextlib.closing(trainer):
         if recipe.resume:
             trainer.resume()
+        open_run(recipe, inputs)  # a change that is refused has changed nothing
         metrics = trainer.run(recipe.until_step)
     finish_run(recipe, student, stage="distill", parents=models, metrics=metrics, files=files)
 

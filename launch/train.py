@@ -165,12 +165,12 @@ def main(recipe: Recipe) -> None:
     dtype = platform.DTYPES[recipe.precision]
     model = build_chunks(arch, topology, weights, dtype=dtype, recompute=recipe.train.recompute)
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
-    open_run(recipe, inputs)
     trainer = Trainer(
         model, LanguageModeling(), batches, validation, recipe.train, recipe.out, files
     )
     if recipe.resume:
         trainer.resume()
+    open_run(recipe, inputs)  # a change that is refused has changed nothing
     metrics = trainer.run(recipe.until_step)
     parents = {} if recipe.model.path is None else {"model": recipe.model.path}
     finish_run(recipe, model, stage="train", parents=parents, metrics=metrics, files=files)

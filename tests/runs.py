@@ -22,6 +22,7 @@ from minitron.distill.intermediate import IntermediateDistillation
 from minitron.distill.losses import LogitDistillation
 from minitron.distill.teacher import Teacher, teacher_topology
 from minitron.errors import Stopped
+from minitron.metrics import read_metrics
 from minitron.model.llama import LlamaModel, build_chunks, build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import Topology, initialize, on_rank_zero
@@ -253,6 +254,12 @@ def train(parallel: ParallelConfig, run: Run) -> dict[str, Any]:
         save_model(model, run.out / "model", dtype=dtype, base_dir=run.model)
     trainer.close()
     return result
+
+
+def step_records(out: Path) -> list[dict[str, Any]]:
+    """The record of a run without what differs from run to run."""
+    records = read_metrics(out / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
 
 def save_gradients(model: Sequence[LlamaModel], directory: Path) -> None:

@@ -3,32 +3,25 @@
 `checkpoints/iter_0000100/` holds the sharded model, the optimizer and the run's position, and
 beside them the model's `config.json` and tokenizer, so that a checkpoint can be exported by itself.
 The directory is written under another name and renamed, so that a run killed while saving resumes
-from the one before. What the ranks wrote has CRC-32s in `checksums.json`, compared on loading: a
-flipped bit would otherwise stay in the run for good. A file holds weights and optimizer states in
-turns, each with a checksum of its own: weights can be loaded and compared without the rest. The
-data order is a function of the seed, and the models have no dropout: there is no other state.
-Checkpoints are pickles in part, to be loaded only from where one would run code.
+from the one before. What the ranks wrote has checksums, compared on loading. The data order is a
+function of the seed, and the models have no dropout: there is no other state. Checkpoints are
+pickles in part, to be loaded only from where one would run code.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
-import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
 from minitron import artifact, parallel
 from minitron.data.tokenizer import Tokenizer
@@ -37,20 +30,14 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.llama import LlamaModel
 from minitron.stage import shielding_children
+from minitron.train.checksums import OPTIMIZER, WEIGHTS, verify, write_checksums
 from minitron.train.optimizer import use_fused
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
-CHECKSUMS = "checksums.json"
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
 _NAME = re.compile(r"iter_(\d{7,})")
-_WHOLE = ((0, 1 << 62),)
 
 # The sharding whose optimizer state can be read under another topology.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-_Part = tuple[str, str]  # weights (with all that is no tensor) or optimizer, and the file
-_Spans = Sequence[tuple[int, int]]  # begins and ends
-_INDEX: _Part = (WEIGHTS, ".metadata")  # what torch knows of the files
 
 
 @dataclass(frozen=True)
@@ -112,31 +99,19 @@ def save_checkpoint(
         optimizer: its optimizer; None saves the weights alone.
         files: the model's config and tokenizer, to lie beside the shards.
         keep: checkpoints to keep; 0 keeps all.
+
+    Raises:
+        MinitronError: the system refuses, as where the disk is full.
     """
     path = checkpoint_path(directory, position.step)
     partial = path.with_name(f".{path.name}.partial")
 
     def create() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in directory.glob(".iter_*"):  # of attempts that were killed
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
 
-    parallel.on_rank_zero(create)
-    state = _sharded_state(model, optimizer, is_loading=False)
-    state |= _common(position, version=3.0)
-    with shielding_children():
-        dist_checkpointing.save(state, str(partial))
-    spans = _spans(partial, _listing(partial))
-    checksums: dict[str, dict[str, int]] = {WEIGHTS: {}, OPTIMIZER: {}}
-    for (part, name), checksum in _checksums(partial, spans).items():
-        if checksum is None:
-            raise MinitronError(
-                f"{partial / name} cannot be read by all ranks; write checkpoints to a file system "
-                "that all nodes share"
-            )
-        checksums[part][name] = checksum
-
     def publish() -> None:
-        artifact.write_json(partial / CHECKSUMS, checksums)
         if files is not None:
             files.write(partial, model[0].arch)
         artifact.replace_directory(partial, path)
@@ -144,9 +119,29 @@ def save_checkpoint(
         tracker.write_text(f"{position.step}\n")
         tracker.replace(directory / TRACKER_FILE)
         for old in list_checkpoints(directory)[:-keep] if keep else []:
-            shutil.rmtree(checkpoint_path(directory, old))
+            _delete(checkpoint_path(directory, old))
 
-    parallel.on_rank_zero(publish)
+    state = _sharded_state(model, optimizer, is_loading=False)
+    state |= _common(position, version=3.0)
+    try:
+        parallel.on_rank_zero(create)
+        with shielding_children():
+            dist_checkpointing.save(state, str(partial))
+        write_checksums(partial)
+        parallel.on_rank_zero(publish)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if parallel.is_rank_zero():
+            shutil.rmtree(partial, ignore_errors=True)  # the next attempt may need the room
+        free = shutil.disk_usage(directory.parent).free
+        raise MinitronError(
+            f"{path} cannot be written ({_reason(error)}; {free / 1e9:.1f} GB are free there); "
+            "make room, and go on with --resume"
+        ) from error
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, which never is half there under its name."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
 
 
 def load_checkpoint(
@@ -163,7 +158,7 @@ def load_checkpoint(
     """
     if not (path / "metadata.json").exists():
         raise MinitronError(f"{path} is not a torch_dist checkpoint (it has no metadata.json)")
-    _verify(path, [WEIGHTS] if optimizer is None else [WEIGHTS, OPTIMIZER])
+    verify(path, [WEIGHTS] if optimizer is None else [WEIGHTS, OPTIMIZER])
     if optimizer is not None:
         _create_state(optimizer)
     state = _sharded_state(model, optimizer, is_loading=True)
@@ -184,90 +179,6 @@ def load_checkpoint(
     return Position(int(loaded["iteration"]), int(loaded.get("consumed_tokens", 0)))
 
 
-def _listing(directory: Path) -> list[str]:
-    """Files that any rank sees, for one may not see another node's yet; collective."""
-    _, size = parallel.world()
-    seen: list[set[str]] = [set() for _ in range(size)]
-    dist.all_gather_object(seen, {file.name for file in directory.iterdir()})
-    return sorted(set().union(*seen))
-
-
-def _spans(directory: Path, names: Iterable[str]) -> dict[_Part, _Spans]:
-    """Where files hold the optimizer's state, and where the rest; collective."""
-
-    def read() -> dict[str, list[tuple[int, int]]]:
-        states = defaultdict(list)
-        for item, place in FileSystemReader(directory).read_metadata().storage_data.items():
-            if item.fqn.startswith("optimizer."):
-                states[place.relative_path].append((place.offset, place.offset + place.length))
-        return dict(states)
-
-    spans: dict[_Part, _Spans] = {(WEIGHTS, name): _WHOLE for name in names}
-    for name, states in parallel.on_rank_zero(read).items():
-        states.sort()
-        edges = [0, *itertools.chain(*states), _WHOLE[0][1]]
-        spans[WEIGHTS, name] = list(zip(edges[::2], edges[1::2], strict=True))
-        spans[OPTIMIZER, name] = states
-    return spans
-
-
-def _checksums(directory: Path, spans: Mapping[_Part, _Spans]) -> dict[_Part, int | None]:
-    """CRC-32 of parts of files, None of what is missing; collective, each rank reads some."""
-    rank, size = parallel.world()
-    own = sorted(spans)[rank::size]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        checksums = pool.map(lambda part: _checksum(directory / part[1], spans[part]), own)
-        found = dict(zip(own, checksums, strict=True))
-    gathered: list[dict[_Part, int | None]] = [{} for _ in range(size)]
-    dist.all_gather_object(gathered, found)
-    return {part: checksum for some in gathered for part, checksum in some.items()}
-
-
-def _checksum(path: Path, spans: _Spans = _WHOLE) -> int | None:
-    """CRC-32 of the bytes from each begin to its end, or the file's; None if it cannot be read."""
-    checksum = 0
-    try:
-        with path.open("rb") as file:
-            for begin, end in spans:
-                file.seek(begin)
-                while piece := file.read(min(end - begin, 1 << 24)):
-                    checksum = zlib.crc32(piece, checksum)
-                    begin += len(piece)
-    except OSError:
-        return None
-    return checksum
-
-
-def _verify(path: Path, parts: Sequence[str]) -> None:
-    """Refuse a checkpoint of which some part is not what was written; collective.
-
-    Checkpoints that came without checksums pass.
-    """
-
-    def read() -> dict[_Part, int]:
-        """What was written, once the index, which says where that is, has been found right."""
-        if not (path / CHECKSUMS).exists():
-            return {}
-        by_part = artifact.read_json(path / CHECKSUMS)
-        written = {(part, name): x for part in parts for name, x in by_part[part].items()}
-        check(_INDEX, _checksum(path / _INDEX[1]), written[_INDEX])
-        return written
-
-    def check(part: _Part, found: int | None, expected: int) -> None:
-        if found is None or found != expected:
-            fault = f"has CRC-32 {found}, {CHECKSUMS} says {expected}"
-            raise MinitronError(
-                f"{path / part[1]} {'cannot be read' if found is None else fault}; the "
-                "checkpoint is damaged: take another, or delete it to resume from the one before"
-            )
-
-    if written := parallel.on_rank_zero(read):
-        spans = _spans(path, [name for part, name in written if part == WEIGHTS])
-        found = _checksums(path, {part: spans[part] for part in written})
-        for part, expected in written.items():
-            check(part, found[part], expected)
-
-
 def _common(position: Position, *, version: float) -> dict[str, Any]:
     """What is the same on all ranks, by Megatron's names where it has one."""
     return {
@@ -280,7 +191,7 @@ def _common(position: Position, *, version: float) -> dict[str, Any]:
 def _reason(error: BaseException) -> str:
     """What went wrong, on the first rank where it did, in one line."""
     if isinstance(error, CheckpointException):
-        error, _ = next(iter(error.failures.values()))
+        error, _ = next(iter(error.failures.values()), (RuntimeError("on another rank"), None))
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 

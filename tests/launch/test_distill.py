@@ -92,3 +92,12 @@ def test_a_resumed_run_may_change_its_batches_schedule_and_ranks(root, forked):
     assert result.status == 2
     (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert "than changed/recipe.yaml: data.seq_length: 8 -> 16; add --allow_change, or " in line
+
+    saved = (root / "changed" / "recipe.yaml").read_text()
+    same = arguments(SEQ_LENGTH // 2, 6, 5e-4, "pipeline")[:-2]
+    fewer = [4 if value == 5 else value for value in same]  # steps
+    result = forked("distill", *fewer, "--resume", "--allow-change", cwd=root)
+    assert result.status == 2
+    assert "train.steps=4 is less than the 5 steps that the run has done; raise" in result.err
+    assert (root / "changed" / "recipe.yaml").read_text() == saved
+    assert (root / "changed" / "manifest.json").exists()

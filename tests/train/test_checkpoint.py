@@ -1,30 +1,21 @@
 """A killed run goes on as if nothing had happened, on the same ranks or on others."""
 
 import itertools
-import os
-import re
 import shutil
-import signal
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import LlamaForCausalLM
 
 from minitron.errors import MinitronError
-from minitron.metrics import read_metrics
 from minitron.model.llama import build_llama
 from minitron.model.sharding import open_model, save_model
 from minitron.parallel import initialize
 from minitron.sections.train import TrainConfig
 from minitron.train import checkpoint
 from minitron.train.checkpoint import (
-    CHECKSUMS,
-    OPTIMIZER,
     TRACKER_FILE,
-    WEIGHTS,
     Position,
     checkpoint_path,
     list_checkpoints,
@@ -34,13 +25,13 @@ from minitron.train.checkpoint import (
 from minitron.train.optimizer import build_optimizer, wrap_chunk
 from tests import reference, runs
 from tests.runs import (
-    MEASURED,
     SEQ_LENGTH,
     VOCAB,
     Run,
     build_model,
     load_tensors,
     run_on,
+    step_records,
     write_tokens,
 )
 from tests.tiny import save_llama
@@ -90,11 +81,6 @@ def resume(killed, run, out, topology, precision="fp32"):
     run_on(topology, runs.train, again)
 
 
-def step_records(out):
-    records = read_metrics(out / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
-
-
 @pytest.mark.parametrize(
     ("topology", "precision"),
     [("tp1", "fp32"), ("tp1", "bf16"), ("dp2", "fp32"), ("dp2", "bf16"), ("tp2 pp2", "fp32")],
@@ -133,99 +119,6 @@ def test_a_run_in_two_parts_is_the_whole_run_bit_for_bit(tmp_path, run, finished
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-@pytest.mark.parametrize(
-    ("topology", "rank", "number"),
-    [("tp1", 0, signal.SIGTERM), ("dp2", 1, signal.SIGUSR1), ("tp2 pp2", 2, signal.SIGTERM)],
-)
-def test_a_run_that_a_signal_stops_goes_on_bit_for_bit(
-    tmp_path, run, finished, topology, rank, number
-):
-    """It comes to one rank, and all finish the step under way."""
-    stopped = replace(run, out=tmp_path, train=WITHOUT_CHECKPOINTS, stop_at=(3, rank, number))
-    results = run_on(topology, runs.train, stopped)
-    assert results == [{}] * len(results)  # no rank came to the end
-    assert list_checkpoints(tmp_path / "checkpoints") == [4]
-    assert [r["step"] for r in step_records(tmp_path)] == [1, 2, 3, 4]
-    run_on(topology, runs.train, replace(stopped, stop_at=None, resume=True))
-
-    whole = finished(topology)
-    assert step_records(tmp_path) == step_records(whole)
-    found, expected = load_tensors(tmp_path / "model"), load_tensors(whole / "model")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-
-
-def test_a_signal_in_the_last_step_stops_nothing(tmp_path, run, finished):
-    """But there is a checkpoint, should what is left to do come to no end."""
-    signalled = replace(run, out=tmp_path, stop_at=(9, 0, signal.SIGTERM))
-    run_on("tp1", runs.train, replace(signalled, train=WITHOUT_CHECKPOINTS))
-    assert step_records(tmp_path) == step_records(finished("tp1"))
-    assert load_tensors(tmp_path / "model")
-    assert list_checkpoints(tmp_path / "checkpoints") == [10]
-
-
-def test_a_signal_in_the_last_step_of_a_part_stops_the_parts_to_come(tmp_path, run):
-    signalled = replace(run, out=tmp_path, stop_at=(3, 1, signal.SIGTERM), until_step=4)
-    assert run_on("dp2", runs.train, signalled) == [{}, {}]  # as of no run that came to its end
-    assert list_checkpoints(tmp_path / "checkpoints") == [4]
-
-
-VALIDATED = replace(CONFIG, steps=4, valid_interval=2, checkpoint_interval=0)
-
-
-@pytest.fixture(scope="module")
-def validated(tmp_path_factory, run):
-    """Runs of four steps with a validation before, amid and after them, by topology."""
-    valid = write_tokens(run.out.parent / "valid", 18 * SEQ_LENGTH + 1, seed=1)
-    runs_by_topology = {}
-
-    def finish(topology):
-        if topology not in runs_by_topology:
-            out = tmp_path_factory.mktemp("validated")
-            runs_by_topology[topology] = replace(run, out=out, valid=valid, train=VALIDATED)
-            run_on(topology, runs.train, runs_by_topology[topology])
-        return runs_by_topology[topology]
-
-    return finish
-
-
-@pytest.mark.parametrize(
-    ("topology", "rank", "validation", "number"),
-    [
-        ("dp2", 1, 0, signal.SIGTERM),
-        ("dp2", 0, 1, signal.SIGUSR1),
-        ("dp2", 1, 2, signal.SIGTERM),
-        ("pp2", 0, 1, signal.SIGTERM),
-    ],
-)
-def test_a_signal_ends_a_validation_which_the_resumed_run_repeats(
-    tmp_path, validated, topology, rank, validation, number
-):
-    whole, step = validated(topology), 2 * validation
-    stopped = replace(whole, out=tmp_path, stop_valid_at=(validation, rank, number))
-    assert run_on(topology, runs.train, stopped) == [{}, {}]
-    records = step_records(whole.out)
-    is_first_part = [r["step"] < step or (r["step"] == step and "lr" in r) for r in records]
-    assert step_records(tmp_path) == list(itertools.compress(records, is_first_part))
-    assert list_checkpoints(tmp_path / "checkpoints") == [step] * bool(step)
-
-    again = replace(stopped, stop_valid_at=(0, rank, number), resume=True)
-    run_on(topology, runs.train, again)  # a second time, as soon as it goes on
-    assert list_checkpoints(tmp_path / "checkpoints") == [step] * bool(step)
-    run_on(topology, runs.train, replace(again, stop_valid_at=None))
-    assert step_records(tmp_path) == records
-    found, expected = load_tensors(tmp_path / "model"), load_tensors(whole.out / "model")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-
-
-def test_a_validation_that_a_signal_leaves_no_time_for_is_made_up_for(tmp_path, validated):
-    whole = validated("dp2")
-    stopped = replace(whole, out=tmp_path, stop_at=(1, 0, signal.SIGTERM))
-    run_on("dp2", runs.train, stopped)
-    assert [r["step"] for r in step_records(tmp_path)] == [0, 1, 2]
-    run_on("dp2", runs.train, replace(stopped, stop_at=None, resume=True))
-    assert step_records(tmp_path) == step_records(whole.out)
-
-
 def _fused_after_loading(parallel, run, path):
     topology = initialize(parallel)
     model = [build_model(run.model, topology)]
@@ -241,24 +134,6 @@ def _fused_after_loading(parallel, run, path):
 def test_a_resumed_optimizer_is_fused_again(tmp_path, run):
     (fused,) = run_on("tp1", _fused_after_loading, run, tmp_path)
     assert all(fused)
-
-
-def test_a_checkpoint_that_not_all_ranks_can_read_is_refused(tmp_path, run):
-    (message,) = run_on("tp1", _save_unreadable, run, tmp_path)
-    assert message.endswith(
-        "cannot be read by all ranks; write checkpoints to a file system that all nodes share"
-    )
-    assert list_checkpoints(tmp_path) == []
-
-
-def _save_unreadable(parallel, run, path):
-    model = [build_model(run.model, initialize(parallel))]
-    with (
-        mock.patch.object(checkpoint, "_checksum", return_value=None),
-        pytest.raises(MinitronError) as caught,
-    ):
-        save_checkpoint(path, Position(1, 1), model)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -358,113 +233,3 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, run):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"iter_0000002", "iter_0000003", TRACKER_FILE}
     assert (tmp_path / TRACKER_FILE).read_text() == "3\n"
-
-
-def _load_damaged(parallel, model_dir, checkpoints):
-    """The message that each checkpoint is refused with."""
-    topology = initialize(parallel)
-    messages = {}
-    for name, path in checkpoints.items():
-        try:
-            load_checkpoint(path, [build_model(model_dir, topology)])
-        except MinitronError as error:
-            messages[name] = str(error)
-    return messages
-
-
-def _flip(file, offset):
-    file.seek(offset)
-    (byte,) = file.read(1)
-    file.seek(offset)
-    file.write(bytes([byte ^ 1]))
-    file.flush()
-
-
-def _flipped_bits(parallel, path):
-    """Which of the parts find the first and the last byte of each tensor changed."""
-    initialize(parallel)
-
-    def is_refused(*parts):
-        try:
-            checkpoint._verify(path, parts)
-        except MinitronError:
-            return True
-        return False
-
-    places = [
-        (item.fqn, place.relative_path, offset)
-        for item, place in FileSystemReader(path).read_metadata().storage_data.items()
-        for offset in (place.offset, place.offset + place.length - 1)
-    ]
-    places += [("", name, 9) for name in ("common.pt", ".metadata", "metadata.json")]
-    assert not is_refused(WEIGHTS, OPTIMIZER)
-    found = []
-    for name, file_name, offset in places:
-        with (path / file_name).open("r+b") as file:
-            _flip(file, offset)
-            found.append((name, is_refused(WEIGHTS), is_refused(WEIGHTS, OPTIMIZER)))
-            _flip(file, offset)
-    return found
-
-
-def test_a_flipped_bit_is_found_where_it_is_read(tmp_path, finished):
-    """That of the optimizer's state does not stop an export."""
-    good = checkpoint_path(finished("tp1", killed=True) / "checkpoints", 5)
-    (found,) = run_on("tp1", _flipped_bits, shutil.copytree(good, tmp_path / "copy"))
-    names = [name for name, *_ in found]
-    assert found == [(name, not name.startswith("optimizer."), True) for name in names]
-    assert {
-        "decoder.final_layernorm.weight",
-        "",
-        "optimizer.state.exp_avg.decoder.final_layernorm.weight",
-    } <= {*names}
-
-
-def test_a_checkpoint_that_cannot_be_loaded_is_refused(tmp_path, run, finished):
-    good = checkpoint_path(finished("tp1", killed=True) / "checkpoints", 5)
-    shard = min(path.name for path in good.glob("*.distcp"))
-    checkpoints = {"absent": tmp_path / "absent"}
-    damaged = ("lost shard", "cut shard", "cut index", "cut common", "other model")
-    for name in (*damaged, "flipped bit", "no shard"):
-        checkpoints[name] = shutil.copytree(good, tmp_path / name)
-    for name in damaged:  # as a checkpoint that came without checksums
-        (checkpoints[name] / CHECKSUMS).unlink()
-    (checkpoints["no shard"] / shard).unlink()
-    with (checkpoints["flipped bit"] / shard).open("r+b") as file:
-        _flip(file, 9000)  # of the weights
-    (checkpoints["lost shard"] / shard).unlink()
-    os.truncate(checkpoints["cut shard"] / shard, 1000)
-    os.truncate(checkpoints["cut index"] / ".metadata", 100)
-    os.truncate(checkpoints["cut common"] / "common.pt", 100)
-    other = tmp_path / "model"
-    save_llama(other, vocab_size=VOCAB, num_hidden_layers=3, tie_word_embeddings=True)
-
-    of_other = {"other model": checkpoints.pop("other model")}
-    messages = [
-        run_on("dp2", _load_damaged, run.model, checkpoints),
-        run_on("dp2", _load_damaged, other, of_other),
-    ]
-    for ranks in messages:
-        assert ranks[0] == ranks[1]  # nobody is left waiting
-    found = messages[0][0] | messages[1][0]
-    assert found["absent"] == (
-        f"{tmp_path / 'absent'} is not a torch_dist checkpoint (it has no metadata.json)"
-    )
-    remedy = "the checkpoint is damaged: take another, or delete it to resume from the one before"
-    assert found["no shard"] == f"{tmp_path / 'no shard' / shard} cannot be read; {remedy}"
-    assert re.fullmatch(
-        rf"{tmp_path / 'flipped bit' / shard} has CRC-32 \d+, checksums.json says \d+; {remedy}",
-        found["flipped bit"],
-    )
-    for name, reason in (
-        ("lost shard", f"FileNotFoundError: .*{shard}"),
-        ("cut shard", "EOFError"),
-        ("cut index", "pickle data was truncated"),
-        ("cut common", "RuntimeError"),
-        ("other model", r"Global shape mismatch .*\[4, 32\].* and expected \(\(3, 32\)\)"),
-    ):
-        path = (checkpoints | of_other)[name]
-        pattern = (
-            rf"{path} cannot be loaded \(.*{reason}.*\); it is damaged or of another model: .*"
-        )
-        assert re.fullmatch(pattern, found[name]), found[name]  # one line, for a dot is no newline
