@@ -97,7 +97,7 @@ class StoreInfo:
         return -(-self.num_samples // self.shard_samples)
 
 
-def sample_key(stream: int, number: int) -> int:
+def sample_key(stream: Key, number: Key) -> Key:
     """Where the sample `number` of the store's stream `stream` stands in the order of all."""
     return stream << _STREAM_BITS | number
 
