@@ -44,7 +44,8 @@ class Recipe:
     """Keys of launch/prune.py for all steps."""
     distill: Tree = field(default_factory=dict)
     """Keys of launch/distill.py for all steps. Steps for which there are none, here or there, only
-    score and prune."""
+    score and prune. Keys of all these sections may be given as --distill.train.lr 1e-4 or, for one
+    step, --steps.STEP.distill.train.lr 1e-4."""
     out: Path
     """Directory of the chain."""
     list_only: bool = False

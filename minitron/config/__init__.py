@@ -111,7 +111,23 @@ def _assign(given: dict[str, Any], key: Key, value: Any) -> None:
             del given[below]
     for section in parents(key.name):
         given[section] = {}
+    if key.type == Tree and value is not None:
+        value = _merged(given.get(key.name) or {}, value)
     given[key.name] = value
+
+
+def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> Tree:
+    """A tree with another's keys over its own; a dotted name goes where its first parts are."""
+    merged = dict(tree)
+    for name, value in more.items():
+        place = next((part for part in (name, *parents(name)) if part in merged), name)
+        inner = merged.get(place)
+        if place != name:
+            value, inner = {name.removeprefix(f"{place}."): value}, inner or {}
+        if isinstance(inner, dict) and isinstance(value, dict):
+            value = _merged(inner, value)
+        merged[place] = value
+    return merged
 
 
 def _resolve(keys: Mapping[str, Key], given: Mapping[str, Any]) -> dict[str, Any]:

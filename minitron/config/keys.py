@@ -97,6 +97,11 @@ def parents(name: str) -> Iterator[str]:
         yield name
 
 
+def tree_above(name: str, keys: Mapping[str, Key]) -> str | None:
+    """The key of type `Tree` that takes what is given by this name, if there is one."""
+    return next((key for key in parents(name) if key in keys and keys[key].type == Tree), None)
+
+
 def unknown(name: str, keys: Mapping[str, Key]) -> MinitronError:
     """The error for a key that does not exist, with the nearest one that does."""
 

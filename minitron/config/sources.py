@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from minitron.config.keys import Key, show, unknown, wrong_type
+from minitron.config.keys import Key, show, tree_above, unknown, wrong_type
 from minitron.config.typed import convert
 from minitron.errors import MinitronError, saying
 
@@ -38,19 +38,20 @@ def split_flags(argv: Sequence[str], keys: Mapping[str, Key]) -> dict[str, list[
         if name in _WITHOUT_VALUE:
             flags[name] = []
             continue
-        if name != "config" and name not in keys:
+        is_free = name not in keys and tree_above(name, keys) is not None
+        if name != "config" and name not in keys and not is_free:
             raise unknown(name, keys)
         if not has_value:
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
-            elif name in keys and keys[name].type is bool:
+            elif is_free or (name in keys and keys[name].type is bool):
                 text = "true"
             else:
                 raise MinitronError(f"--{name} has no value; give --{name} VALUE")
         if f"{name}.path" in keys and isinstance(_flow_value(keys[name], text), str):
             name = f"{name}.path"
         texts = [text]
-        if name in keys and keys[name].is_list and not has_value:
+        if (is_free or (name in keys and keys[name].is_list)) and not has_value:
             while rest and not rest[0].startswith("-"):
                 texts.append(rest.pop(0))
         flags.setdefault(name, []).extend(texts)
@@ -73,6 +74,10 @@ def assignments(
     for name, texts in flags.items():
         if name in keys:
             yield from _typed(_flatten(_flag_value(keys[name], texts), keys, name), keys)
+        elif tree_above(name, keys):
+            values = [_free_value(text) for text in texts]
+            value = values[0] if len(values) == 1 else values
+            yield from _typed(_flatten(value, keys, name), keys)
 
 
 def assignments_of(tree: Mapping[str, Any], keys: Mapping[str, Key]) -> Iterator[tuple[str, Any]]:
@@ -147,11 +152,24 @@ def _flow_value(key: Key, text: str) -> Any:
         raise wrong_type(key, text) from None
 
 
+def _free_value(text: str) -> Any:
+    """Interpret `null`, `[...]` and `{...}` where nothing is known of the key's type."""
+    if text != "null" and text[:1] not in ("[", "{"):
+        return text
+    try:
+        return yaml.load(text, _TextLoader)
+    except yaml.YAMLError:
+        return text
+
+
 def _flatten(value: Any, keys: Mapping[str, Key], name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, text or texts) for everything that `value` says at or below `name`."""
     if name and name not in keys:
-        raise unknown(name, keys)
-    if name and not keys[name].is_section:
+        tree = tree_above(name, keys)
+        if tree is None:
+            raise unknown(name, keys)
+        yield tree, {name.removeprefix(f"{tree}."): value}
+    elif name and not keys[name].is_section:
         yield name, value
     elif name and keys[name].nullable and value is None:
         yield name, None

@@ -198,16 +198,29 @@ def test_a_recipe_inside_another_stays_text_until_it_is_built(tmp_path):
     file = tmp_path / "outer.yaml"
     file.write_text("inner: {out: 7, train: {lr: 1e-3}, train.steps: 5, data.path: [a, b]}")
     outer = config.parse(Outer, ["--config", str(file)])
-    assert outer.inner["train"] == {"lr": "1e-3"}
+    assert outer.inner["train"] == {"lr": "1e-3", "steps": "5"}
     config.save(outer, file)
     assert config.parse(Outer, ["--config", str(file)]) == outer
     assert config.parse(Outer, ["--inner", "{out: 7}"]) == Outer(inner={"out": "7"})
+
+    flags = ["--inner.train.lr", "2", "--inner.data.path", "c", "d", "--inner.overwrite"]
+    changed = config.parse(Outer, ["--config", str(file), *flags, "--inner.budget={a: b}"]).inner
+    assert changed == {
+        "out": "7", "train": {"lr": "2", "steps": "5"}, "data.path": ["c", "d"],
+        "overwrite": "true", "budget": {"a": "b"},
+    }  # fmt: skip
+    assert list(changed)[:3] == list(outer.inner)[:3]
+    later = tmp_path / "later.yaml"
+    later.write_text("{inner: {train.steps: null, train: {lr: 4}}, inner.name: y}")
+    both = config.parse(Outer, ["--config", str(file), "--config", str(later)]).inner
+    assert (both["train"], both["name"]) == ({"lr": "4", "steps": None}, "y")
 
     built = config.build(Recipe, {"seed": 3, "name": "x"}, outer.inner, {"train.steps": 6})
     assert (built.out, built.seed, built.name) == (Path("7"), 3, "x")
     assert (built.train.lr, built.train.steps, built.data.path) == (1e-3, 6, paths("a", "b"))
     with pytest.raises(MinitronError, match=r"^unknown key train.stepz; did you mean train.steps"):
         config.build(Recipe, outer.inner, {"train": {"stepz": 1}})
+    assert config.parse(Outer, ["--inner.x", "[y"]).inner == {"x": "[y"}
     for text in ("7", "[a]", "null"):
         with pytest.raises(MinitronError, match=r"^inner=.* is not valid; expected a mapping of k"):
             config.parse(Outer, ["--inner", text])

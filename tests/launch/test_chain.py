@@ -151,6 +151,19 @@ def test_shapes_can_be_listed(root, made, tmp_path, capsys):
     assert distilled == f"{metrics['val_loss']:.4f}" != pruned
 
 
+def test_keys_of_stages_may_be_given_on_the_command_line(root, tmp_path):
+    flags = ("--distill.train.steps", 7, "--steps.mid.distill.train.steps", 9)
+    flags += ("--steps.small.distill.train.lr", 0.5, "--importance.data.path", "a", "b")
+    mid, *small = plan("--config", root / "chain.yaml", "--out", tmp_path, *flags)
+    train = [step.stages[-1].recipe.train for step in (mid, *small)]
+    assert [(t.steps, t.lr) for t in train] == [(9, 3e-3), (7, 0.5), (7, 0.5)]
+    assert mid.stages[0].recipe.data.path == ["a", "b"]
+    with pytest.raises(
+        MinitronError, match=r"^steps.mid: launch/distill.py: unknown key train.stepz"
+    ):
+        plan("--config", root / "chain.yaml", "--out", tmp_path, "--distill.train.stepz", 7)
+
+
 class Stages:
     """Stands in for the stages: logs them, writes their manifests, and fails when it is told to."""
 
@@ -278,7 +291,7 @@ def test_what_is_complete_has_to_follow_from_what_is_there(root, tmp_path, monke
         ({"steps": {"a/b": {"prune": MID}}}, "steps.a/b names a directory below out; use another"),
         ({"steps": {"a": {"prune": MID, "train": {}}}}, "steps.a: unknown key train; did you "),
         ({"steps": {"a": {"distill": {}}}}, "steps.a: --prune is missing; give it"),
-        ({"steps": {"a": MID}}, "steps.a: unknown key prune.hidden_size; did you mean prune?"),
+        ({"steps": {"a": MID}}, "steps.a: launch/prune.py: unknown key hidden_size; did you mean"),
         (
             {"steps": {"a": {"prune": {"hidden_size": 24}}}},
             "steps.a: launch/prune.py: unknown key hidden_size; did you mean prune.hidden_size?",
