@@ -149,12 +149,14 @@ class Progress:
         unit: str,
         enabled: bool,
         initial: float,
+        transient: bool,
     ) -> None:
         self._iterable = iterable
         self._total = total
         self._desc = desc
         self._unit = unit
         self._initial = self._done = initial
+        self._transient = transient
         self._postfix: dict[str, Any] = {}
         self._start = self._last_line = time.monotonic()
         self._logged: float | None = None
@@ -168,6 +170,7 @@ class Progress:
                 unit_scale=True,
                 initial=initial,
                 dynamic_ncols=True,
+                leave=not transient,
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -194,11 +197,11 @@ class Progress:
             self._log_line()
 
     def close(self) -> None:
-        """Show the final state; more calls do nothing."""
+        """Show the final state, unless it is transient; more calls do nothing."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._lines and self._done != self._logged:
+        elif self._lines and self._done != self._logged and not self._transient:
             self._log_line()
         self._lines = False
 
@@ -228,6 +231,7 @@ def progress(
     unit: str = "it",
     enabled: bool | None = None,
     initial: float = 0,
+    transient: bool = False,
 ) -> Progress:
     """Show a tqdm bar on a terminal, else a log line every ten seconds and at the end.
 
@@ -240,12 +244,21 @@ def progress(
         unit: what is counted, in the plural ("tokens"), or `BYTES`.
         enabled: False shows nothing; None means rank 0 alone.
         initial: units done before, by the run that this one resumes.
+        transient: nothing stays to be seen of it at the end: it is one of many.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]
     if enabled is None:
         enabled = launch_rank() == 0
-    return Progress(iterable, total=total, desc=desc, unit=unit, enabled=enabled, initial=initial)
+    return Progress(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        enabled=enabled,
+        initial=initial,
+        transient=transient,
+    )
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -181,6 +181,22 @@ def test_the_rate_leaves_out_what_an_earlier_run_did(clock, lines):
     ]
 
 
+def test_one_of_many_leaves_nothing_behind(clock, lines, monkeypatch):
+    def short_and_long():
+        for seconds in (4, 25):
+            for _ in progress(range(5), desc="tasks", unit="requests", transient=True):
+                clock.now += seconds / 5
+
+    short_and_long()
+    assert lines() == [
+        "tasks: 40%, 2/5 requests, 0.20 requests/s, ETA 00:15",
+        "tasks: 80%, 4/5 requests, 0.20 requests/s, ETA 00:05",
+    ]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    short_and_long()
+    assert "tasks: 100%" not in sys.stderr.getvalue().rpartition("\r")[2]
+
+
 def test_an_iterable_brings_its_own_total(clock, lines):
     seen = []
     for item in progress(["a", "b", "c", "d"], desc="read", unit="files"):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from minitron.data.tokenizer import Tokenizer
+from minitron.metrics import progress
 from minitron.model.generation import Prompt, generate
 from minitron.model.llama import LlamaModel
 from minitron.sections.generate import SamplingConfig
@@ -53,6 +54,7 @@ def answer_questions(
     share = micro_batch_size * topology.pp_size
     order = sorted(range(len(questions)), key=lambda i: _likeness(questions[i]))
     mine: list[tuple[int, str]] = []
+    bar = progress(total=len(questions), desc="tasks", unit="requests", transient=True)
     for (until, limit), group in itertools.groupby(order, key=lambda i: questions[i][1:]):
         numbers = list(group)
         sampling = SamplingConfig(max_new_tokens=limit, temperature=0.0)
@@ -70,6 +72,8 @@ def answer_questions(
             for i, response in zip(batch, responses, strict=True):
                 text = tokenizer.decode(response.tokens, special_tokens=False)
                 mine.append((i, _cut(text, until)))
+            bar.update(topology.dp_size * len(batch))  # the others are about as far
+    bar.close()
     gathered: list[list[tuple[int, str]]] = [[] for _ in range(topology.dp_size)]
     dist.all_gather_object(gathered, mine, group=topology.groups.dp)
     answers = dict(itertools.chain(*gathered))

@@ -8,11 +8,13 @@ follows BOS, or EOD where there is none.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
+import lm_eval.api.task
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.model import TemplateLM
@@ -20,6 +22,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
@@ -30,6 +33,9 @@ from minitron.sections.eval import TaskConfig
 
 Score = Callable[[Sequence[Request]], list[tuple[float, bool]]]
 Answer = Callable[[Sequence[Question]], list[str]]
+
+# It shows a bar for each task before the model is asked anything; ours shows what takes long.
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
 
 _MAX_NEW_TOKENS = 256  # of an answer, where the task does not say; the harness's default
 _DRAWS = ("top_k", "top_p", "min_p")  # of no effect on the likeliest token

@@ -16,6 +16,7 @@ from torch import Tensor
 from minitron import platform
 from minitron.data.batches import Batch, collate
 from minitron.data.sampling import Sample
+from minitron.metrics import progress
 from minitron.model.llama import LlamaModel
 from minitron.model.schedule import run_schedule
 from minitron.ops.cross_entropy import cross_entropy
@@ -50,8 +51,9 @@ def score_continuations(
     results = torch.zeros(len(requests), 2, dtype=torch.float64, device=platform.device())
     unit = topology.tp_size if topology.config.sequence_parallel else 1
     group_size = 4 * topology.pp_size  # micro-batches that keep a pipeline busy
-    for first in range(0, len(mine), group_size):
-        group = mine[first : first + group_size]
+    groups = [mine[first : first + group_size] for first in range(0, len(mine), group_size)]
+    bar = progress(total=len(requests), desc="tasks", unit="requests", transient=True)
+    for group in groups:
         length = -(-len(samples[group[0][0]].counted) // unit) * unit
         batches = []
         for chunk in group:
@@ -63,6 +65,8 @@ def score_continuations(
             results[chunk] = _score(model, hidden, batch)[: len(chunk)]
 
         run_schedule(model, batches, see, forward_only=True)
+        bar.update(topology.dp_size * sum(map(len, group)))  # the others are about as far
+    bar.close()
     if topology.tp_rank != 0:
         results.zero_()  # tensor-parallel ranks hold the same
     dist.all_reduce(results)

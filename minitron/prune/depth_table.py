@@ -93,7 +93,7 @@ def _greedy(depth: DepthScores) -> Table:
         [count, trial.drop_layers[-1], *_measures(depth, trial)]
         for count, trial in enumerate(depth.greedy, start=1)
     ]
-    return ["layers out", f"{depth.greedy_name}: the last", *_measured(depth)], rows
+    return [depth.greedy_name, "takes layer", *_measured(depth)], rows
 
 
 def _measured(depth: DepthScores) -> list[str]:

@@ -94,7 +94,7 @@ class LayerChoice:
         """Say by what layers are chosen, if it is by trials."""
         if self._depth is not None:
             name = self._depth.greedy_name if self._ranking == "greedy" else self._ranking
-            log(f"layers are chosen by {name}, on {self._depth.samples} samples")
+            log(f"layer ranking: {name}, on {self._depth.samples} samples")
 
 
 def plan_selected(

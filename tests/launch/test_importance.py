@@ -50,7 +50,7 @@ def test_scores_and_trials_of_a_pipeline_choose_layers(tmp_path, arguments):
     sizes = ("--prune.num_layers", 2, "--prune.layer_ranking", "window")
     source = ("--model", tmp_path / "model", "--scores", out)
     result = launch("prune", *source, *sizes, "--out", tmp_path / "pruned", cwd=tmp_path)
-    assert "layers are chosen by window, on 3 samples" in result.out + result.err
+    assert "layer ranking: window, on 3 samples" in result.out + result.err
     record = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     assert record["layers"] == [layer for layer in range(4) if layer + 1 not in best]
 
