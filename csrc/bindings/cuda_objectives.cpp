@@ -1,4 +1,5 @@
-// The ops of minitron/ops/divergences.py, logit_moments.py and sparse_kl.py on CUDA tensors.
+// The ops of minitron/ops/divergences.py, logit_moments.py, sparse_kl.py and top_tokens.py on CUDA
+// tensors.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -89,6 +90,16 @@ void sparse_gradient(const Tensor& student, const Tensor& ids, const Tensor& wei
                  "sparse_kl_gradient");
 }
 
+Tensor candidates(const Tensor& rows, const OptionalTensor& mask, int64_t k, int64_t valid_columns,
+                  int64_t offset, double temperature) {
+    const auto args = top_tokens_arguments(rows, mask, k, valid_columns, offset, temperature);
+    const OnDevice device(rows, {pointer(mask)});
+    Tensor out = new_candidates(args, rows);
+    check_launch(cuda::top_candidates(args, out.mutable_data_ptr<float>(), device.stream()),
+                 "top_candidates");
+    return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(minitron, CUDA, m) {
@@ -98,6 +109,7 @@ TORCH_LIBRARY_IMPL(minitron, CUDA, m) {
     m.impl("logit_moments_gradient", &moments_gradient);
     m.impl("sparse_kl_statistics", &sparse_statistics);
     m.impl("sparse_kl_gradient", &sparse_gradient);
+    m.impl("top_candidates", &candidates);
 }
 
 }  // namespace minitron

@@ -96,7 +96,7 @@ void sparse_gradient(const Tensor& student, const Tensor& ids, const Tensor& wei
 Tensor candidates(const Tensor& rows, const OptionalTensor& mask, int64_t k, int64_t valid_columns,
                   int64_t offset, double temperature) {
     const auto args = top_tokens_arguments(rows, mask, k, valid_columns, offset, temperature);
-    Tensor out = at::empty({args.tokens, 2 + 2 * args.slots}, rows.options().dtype(at::kFloat));
+    Tensor out = new_candidates(args, rows);
     float* const to = out.mutable_data_ptr<float>();
     const auto kernel = top_candidates_on_this_cpu(cpu_capability());
     share_out(args.tokens, 1, [&](int64_t begin, int64_t end) {

@@ -112,4 +112,8 @@ inline TopTokensArguments top_tokens_arguments(const Tensor& rows, const Optiona
             .temperature = static_cast<float>(temperature)};
 }
 
+inline Tensor new_candidates(const TopTokensArguments& args, const Tensor& rows) {
+    return at::empty({args.tokens, 2 + 2 * args.slots}, rows.options().dtype(at::kFloat));
+}
+
 }  // namespace minitron

@@ -273,10 +273,19 @@ struct Launch {
     Launch(const Launch&) = delete;
 };
 
+// Shared memory of which a kernel need not say beforehand that it wants it.
+constexpr size_t kUnaskedBytes = 48 << 10;
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
                    const Arguments&... arguments) {
     if (grid.blocks == 0) return cudaSuccess;
+    if (grid.shared_bytes > kUnaskedBytes) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
     const Launch launch(grid, stream);
     return cudaLaunchKernelEx(&launch.config, kernel, Parameters(arguments)...);
 }

@@ -60,6 +60,9 @@ const char* sparse_kl_statistics(const SparseKLArguments&, float* statistics, vo
 const char* sparse_kl_gradient(const SparseKLArguments&, const LogitKLGradient&,
                                const float* merged, float* scratch, void* stream);
 
+// What minitron/ops/top_tokens.py has every rank put forward, [tokens, 2 + 2 slots].
+const char* top_candidates(const TopTokensArguments&, float* out, void* stream);
+
 // Σ|x|, Σx², Σx and max|x| over the rows: `out` [4, columns / group]. The scratch memory holds
 // activation_stats_scratch(x) floats.
 int64_t activation_stats_scratch(const Activations&);

@@ -21,8 +21,8 @@ from minitron.ops import activation_stats, block_cosine, linear_kl
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 ops = [op for op in torch._C._dispatch_get_all_op_names() if op.startswith("minitron::")]
 on_cpu = [op for op in ops if has(op, "CPU")]
-assert len(on_cpu) >= 6, on_cpu
-print("without CUDA:", [op for op in on_cpu if not has(op, "CUDA")])
+assert len(on_cpu) >= 15, on_cpu
+assert all(has(op, "CUDA") for op in on_cpu), on_cpu
 x = torch.randn(9, 2, 5)
 found = activation_stats.activation_stats(x).sum
 torch.testing.assert_close(found.float(), x.sum(0))
@@ -68,9 +68,7 @@ def test_kernels_compile_for_every_gpu_without_a_register_spill(compiled):
 def test_loads_without_a_gpu_and_has_both_devices(build, compiled, tmp_path):
     objects, _ = compiled
     building.run_all([build.link(objects, building.extension_in(tmp_path))])
-    # The choice of tokens is torch.topk's there.
-    without = ["minitron::top_candidates"]
-    assert f"without CUDA: {without}" in building.python_in(tmp_path, "-c", CHECK)
+    building.python_in(tmp_path, "-c", CHECK)
 
 
 def test_a_toolkit_without_nvcc_is_refused(build, monkeypatch, tmp_path):

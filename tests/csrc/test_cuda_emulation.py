@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 EMULATION = building.ROOT / "tests/csrc/emulation"
 OPS = (
     *("logit_kl", "losses", "cross_entropy", "linear_kl", "objectives", "sparse_kl"),
-    *("activation_stats", "block_cosine"),
+    *("top_tokens", "masks", "activation_stats", "block_cosine"),
 )
 STREAM = """#pragma once
 #include <ATen/core/Tensor.h>

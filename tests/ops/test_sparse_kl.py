@@ -244,6 +244,18 @@ def test_kernels_equal_their_references(dtype, temperature, labelled):
     torch.testing.assert_close(*gradients, rtol=unit, atol=1e-6)
 
 
+def test_more_columns_than_a_gpus_usual_shared_memory_has_bits(device):
+    columns = 400_001
+    student = torch.randn(2, columns, device=device)
+    ids = torch.tensor([[5, 399_999, 400_000], [-1, 0, 31]], device=device)
+    weights = torch.full((2, 3), 0.3, device=device)
+    arguments = (ids, weights, None, None, columns, 0, 1.0)
+    found = module.sparse_kl_statistics(student, *arguments).double()
+    wide = module._statistics(student.double(), ids, weights.double(), *arguments[2:])
+    sums, expected = (x[:, 1:3] * x[:, :1].exp() for x in (found, wide))
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=0)
+
+
 @KERNEL_DTYPES
 @pytest.mark.parametrize("name", list(_op_arguments()))
 def test_ops_keep_the_contract_of_torch(name, dtype):

@@ -94,8 +94,8 @@ def _rows(dtype, columns):
 @pytest.mark.parametrize(
     ("columns", "k"), [(5, 1), (5, 9), (333, 1), (333, 40), (333, 333), (20001, 1), (20001, 300)]
 )
-def test_kernel_equals_its_reference(dtype, columns, k):
-    rows, mask = _rows(dtype, columns + 7)
+def test_kernel_equals_its_reference(dtype, columns, k, device):
+    rows, mask = (x.to(device) for x in _rows(dtype, columns + 7))
     arguments = (rows, mask, k, columns, 4 * columns, 1.7)
     found = torch.ops.minitron.top_candidates(*arguments)
     expected = module._candidates(*arguments)
@@ -107,8 +107,9 @@ def test_kernel_equals_its_reference(dtype, columns, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_op_keeps_the_contract_of_torch(dtype):
-    arguments = (torch.randn(6, 40).to(dtype), torch.rand(6) < 0.5, 7, 33, 80, 1.3)
+def test_op_keeps_the_contract_of_torch(dtype, device):
+    rows, mask = torch.randn(6, 40).to(device, dtype), torch.rand(6, device=device) < 0.5
+    arguments = (rows, mask, 7, 33, 80, 1.3)
     torch.library.opcheck(torch.ops.minitron.top_candidates, arguments)
 
 

@@ -183,8 +183,25 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
     return other;
 }
 
+inline unsigned __shfl_up_sync(unsigned, unsigned value, int offset) {
+    auto& block = *emulation::block;
+    auto& warp = block.warps[threadIdx.x / emulation::kWarp];
+    block.exchanged[threadIdx.x] = value;
+    warp.wait(emulation::kWarp);
+    const bool has_other = static_cast<int>(threadIdx.x % emulation::kWarp) >= offset;
+    const unsigned other = block.exchanged[threadIdx.x - (has_other ? offset : 0)];
+    warp.wait(emulation::kWarp);
+    return other;
+}
+
+inline int atomicAdd(int* to, int amount) {
+    const int before = *to;  // the threads of a block take turns
+    *to += amount;
+    return before;
+}
+
 inline unsigned atomicOr(unsigned* to, unsigned bits) {
-    const unsigned before = *to;  // the threads of a block take turns
+    const unsigned before = *to;
     *to |= bits;
     return before;
 }
