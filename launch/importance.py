@@ -82,6 +82,7 @@ from minitron.prune.scores import check_scores, save_scores
 def main(recipe: Recipe) -> None:
     """Measure on all ranks, write on one."""
     artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=[recipe.model.path])
+    recipe.parallel.check_seq_length(recipe.data.seq_length)
     recipe.depth.check(hf.read_architecture(recipe.model.path).num_layers)
     topology = initialize(recipe.parallel)
     tasks = None  # or opened before the model is loaded: a misspelt name shows at once

@@ -24,6 +24,7 @@ from minitron import artifact, platform  # before megatron.core
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from minitron.metrics import launch_rank, log
 from minitron.sections.parallel import ParallelConfig
 
 T = TypeVar("T")
@@ -70,6 +71,7 @@ def initialize(config: ParallelConfig, *, seed: int = 1234) -> Topology:
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         if "RANK" in os.environ:
+            log(f"rank {launch_rank()} of {os.environ['WORLD_SIZE']} is waiting for the others")
             dist.init_process_group(platform.backend(), timeout=timeout)
         else:
             dist.init_process_group(

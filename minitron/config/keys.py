@@ -22,6 +22,9 @@ Tree = dict[str, Any]
 recipe, for `config.build` to interpret."""
 
 
+_SIMILAR = 0.6  # of 1; below, what looks alike means something else
+
+
 @dataclasses.dataclass(frozen=True)
 class Key:
     """One key or section of a recipe.
@@ -103,7 +106,7 @@ def tree_above(name: str, keys: Mapping[str, Key]) -> str | None:
 
 
 def unknown(name: str, keys: Mapping[str, Key]) -> MinitronError:
-    """The error for a key that does not exist, with the nearest one that does."""
+    """The error for a key that does not exist, with the nearest one that does, if any is near."""
 
     def similarity(candidate: str) -> float:
         """Compare in full, and with as many last parts as `name` has (a forgotten section)."""
@@ -111,7 +114,11 @@ def unknown(name: str, keys: Mapping[str, Key]) -> MinitronError:
         whole, part = (difflib.SequenceMatcher(None, name, c).ratio() for c in (candidate, tail))
         return max(whole, 0.95 * part)
 
-    return MinitronError(f"unknown key {name}; did you mean {max(keys, key=similarity)}?")
+    nearest = max(keys, key=similarity)
+    if similarity(nearest) >= _SIMILAR:
+        return MinitronError(f"unknown key {name}; did you mean {nearest}?")
+    top = ", ".join(key for key in keys if "." not in key)
+    return MinitronError(f"unknown key {name}; there are {top} (--help explains them)")
 
 
 def wrong_type(key: Key, value: Any) -> MinitronError:

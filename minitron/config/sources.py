@@ -121,7 +121,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise MinitronError(f"{where}not valid YAML, {error.problem or error.context}") from None
+        problem = error.problem or error.context or ""
+        if "'\\t'" in problem:
+            problem = "a tab; indent with spaces"
+        raise MinitronError(f"{where}not valid YAML, {problem}") from None
     except yaml.YAMLError as error:
         raise MinitronError(f"not valid YAML, {' '.join(str(error).split())}") from None
     if content is None:

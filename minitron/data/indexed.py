@@ -13,6 +13,7 @@ import functools
 import hashlib
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ class TokenStream:
         of a document of several.
         """
         found = np.zeros(stop - start, bool)
-        if not self._has_prompts:
+        if not self._record.get("prompts"):
             return found
         size = self.dtype.itemsize
         first, last = np.searchsorted(self._pointers, [start * size, stop * size - 1], side="right")
@@ -107,11 +108,18 @@ class TokenStream:
                 found[max(begin, 0) : max(begin + int(self._lengths[sequence]), 0)] = True
         return found
 
+    @property
+    def origin(self) -> str:
+        """What to say of the text that the tokens were, which a name in the cache does not tell."""
+        sources = [source["path"] for source in self._record.get("sources", ())]
+        more = f" and {len(sources) - 1} more" if sources[1:] else ""
+        return f" (of {sources[0]}{more})" if sources else ""
+
     @functools.cached_property
-    def _has_prompts(self) -> bool:
+    def _record(self) -> dict[str, Any]:
         path = Path(f"{self.prefix}.json")
         record = artifact.read_json(path) if path.exists() else None
-        return isinstance(record, dict) and bool(record.get("prompts"))
+        return record if isinstance(record, dict) else {}
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuse token ids that a model with `vocab_size` embeddings cannot look up.

@@ -73,9 +73,9 @@ class TokenWindows:
         """Refuse a stream that is shorter than one sample."""
         if len(self) == 0:
             raise MinitronError(
-                f"{self.stream.prefix}.bin has {self.stream.num_tokens} tokens, but a sample of "
-                f"data.seq_length={self.seq_length} takes {self.seq_length} + 1; "
-                "give more text or lower data.seq_length"
+                f"{self.stream.prefix}.bin{self.stream.origin} has {self.stream.num_tokens} "
+                f"tokens, but a sample of data.seq_length={self.seq_length} takes "
+                f"{self.seq_length} + 1; give more text or lower data.seq_length"
             )
 
 

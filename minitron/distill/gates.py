@@ -28,6 +28,8 @@ from minitron.ops.linear_kl import TeacherHidden, linear_kl
 # A teacher that has learnt anything is better than chance by more than this, in nats a token; one
 # of zeros or noise is not.
 _LEAST_GAIN = 0.05
+# Below it, in nats a token, teacher and student are one model.
+_SAME = 1e-6
 
 _ALLOW_UNTRAINED = "--teacher.allow_untrained"
 
@@ -128,7 +130,9 @@ def check_start(teacher: Teacher, student: Sequence[LlamaModel], batch: Batch) -
         signs.append(f"more parameters ({sizes[0]:,} > {sizes[1]:,})")
     if means["student"] < means["teacher"]:
         signs.append(f"a lower loss ({means['student']:.4f} < {means['teacher']:.4f})")
-    if signs:
+    if means["kl"] < _SAME:
+        log("warning: the student says what the teacher says; is --student the pruned model?")
+    elif signs:
         log(
             f"warning: the student has {' and '.join(signs)} than the teacher; did you swap "
             "--teacher and --student?"

@@ -20,6 +20,7 @@ from minitron.distill.gates import (
 )
 from minitron.distill.intermediate import IntermediateDistillation, find_pairs
 from minitron.distill.losses import LogitDistillation
+from minitron.distill.offline.files import STORE
 from minitron.distill.offline.objective import StoredDistillation
 from minitron.distill.offline.store import LogitStore
 from minitron.distill.offline.teacher import StoredTeacher
@@ -158,6 +159,11 @@ class _Model:
         seed: int,
     ) -> None:
         self._config, self._distill, self._seed = config, distill, seed
+        if (config.source / STORE).exists():
+            raise MinitronError(
+                f"--teacher.path {config.source} is a store of a teacher's outputs, not a model; "
+                "give it as --teacher.logits"
+            )
         self._arch, self._weights = open_model(config.source)
         self.tokenizer = shared_tokenizer(config.source, student_path)
         self.vocab_size = shared_vocab_size(

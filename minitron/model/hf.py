@@ -120,7 +120,8 @@ def read_architecture(directory: Path) -> Architecture:
         raise MinitronError(f"{directory} is not a directory; give a Hugging Face model directory")
     if not (directory / CONFIG_FILE).exists():
         raise MinitronError(
-            f"{directory} has no {CONFIG_FILE}; give a Hugging Face model directory"
+            f"{directory} has no {CONFIG_FILE}; give a Hugging Face model directory "
+            "(launch/export.py makes one of a run's checkpoint)"
         )
     config = artifact.read_json(directory / CONFIG_FILE)
     try:

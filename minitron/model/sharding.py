@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron import artifact, parallel
+from minitron.metrics import log
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.weights import WeightReader, WeightSource, WeightWriter
@@ -144,6 +145,7 @@ def open_model(directory: Path) -> tuple[Architecture, WeightReader]:
         MinitronError: the directory is no Llama, or a file is missing or damaged.
     """
     arch = hf.read_architecture(directory)
+    log(f"reading {directory}: {arch.num_parameters:,} parameters")
     parallel.on_rank_zero(lambda: artifact.verify(directory))
     return arch, hf.open_weights(directory, arch)
 

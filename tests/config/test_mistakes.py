@@ -20,6 +20,9 @@ from tests.config.recipe import Recipe, message, parse_yaml, yaml_message
         (["--schedule.warmup", "4"],
          "unknown key schedule.warmup; did you mean train.schedule.warmup?"),
         (["--trian.lr", "4"], "unknown key trian.lr; did you mean train.lr?"),
+        (["--grid.sizes", "4"],
+         "unknown key grid.sizes; there are out, seed, overwrite, name, budget, train, data, "
+         "teacher (--help explains them)"),
         (["--techer", "t"], "unknown key techer; did you mean teacher?"),
         (["--over-write"], "unknown key over-write; did you mean overwrite?"),
         (["--data.mix.a", "4"], "unknown key data.mix.a; did you mean data.mix?"),
@@ -81,7 +84,7 @@ def test_missing_keys():
          "teacher=[a] is not valid; teacher is a section of teacher.path, teacher.load"),
         ("seed: 1\nseed: 2", "line 3: not valid YAML, the key seed is given twice"),
         ("train: [1\nlr: x", "line 3: not valid YAML, expected ',' or ']', but got ':'"),
-        ("\tseed: 1", "line 2: not valid YAML, found character '\\t' that cannot start any token"),
+        ("\tseed: 1", "line 2: not valid YAML, a tab; indent with spaces"),
         ("name: *nobody", "line 2: not valid YAML, found undefined alias 'nobody'"),
         ("name: \xff", "is not UTF-8 text; give --config a YAML file"),
     ],

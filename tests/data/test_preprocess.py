@@ -42,6 +42,15 @@ def read_documents(prefix):
     return [dataset[i].tolist() for i in range(len(dataset))]
 
 
+def test_too_little_text_is_named_with_its_source(tokenizer, corpus, tmp_path):
+    root, _ = corpus
+    preprocess([root / "c.txt", root / "b" / "x.jsonl"], tokenizer, tmp_path / "cached")
+    windows = TokenWindows(TokenStream(tmp_path / "cached"), 100_000)
+    message = rf"cached.bin \(of {root}/c.txt and 1 more\) has \d+ tokens, but a sample of "
+    with pytest.raises(MinitronError, match=message):
+        windows.check_not_empty()
+
+
 def test_prompts_are_read_but_not_learnt(tokenizer, tmp_path):
     lines = [
         {"prompt": "What is a window?", "response": "An opening.", "id": 3},

@@ -30,6 +30,11 @@ MISTAKES = {
         (*TRAIN, "--config", "typo.yaml"),
         "typo.yaml: unknown key train.stepz; did you mean train.steps?",
     ),
+    "tab in a recipe": (
+        "train",
+        ("--config", "tab.yaml"),
+        "tab.yaml: line 2: not valid YAML, a tab; indent with spaces",
+    ),
     "broken recipe": ("train", ("--config", "broken.yaml"), "broken.yaml: line 1: not valid YAML"),
     "missing recipe": ("eval", ("--config", "no.yaml"), r"no.yaml: cannot be read \(No such file"),
     "wrong type": (
@@ -255,6 +260,11 @@ MISTAKES = {
         "train",
         (*TRAIN, "--data.valid_path", "tokens99"),
         "tokens99.bin: token .* but the vocabulary has 61",
+    ),
+    "store for a teacher": (
+        "distill",
+        ("--teacher", "store", "--student", "model", *DATA),
+        "--teacher.path store is a store of a teacher's outputs, not a model; give it as --teacher",
     ),
     "too little data": (
         "train",

@@ -289,7 +289,7 @@ def test_what_is_complete_has_to_follow_from_what_is_there(root, tmp_path, monke
         ({"steps": {}}, "the chain has no steps; give one or more in the section steps"),
         ({"steps": "4b"}, "steps=4b is not valid; expected a mapping of keys"),
         ({"steps": {"a/b": {"prune": MID}}}, "steps.a/b names a directory below out; use another"),
-        ({"steps": {"a": {"prune": MID, "train": {}}}}, "steps.a: unknown key train; did you "),
+        ({"steps": {"a": {"prune": MID, "train": {}}}}, "steps.a: unknown key train; there are "),
         ({"steps": {"a": {"distill": {}}}}, "steps.a: --prune is missing; give it"),
         ({"steps": {"a": MID}}, "steps.a: launch/prune.py: unknown key hidden_size; did you mean"),
         (

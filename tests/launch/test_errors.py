@@ -78,6 +78,9 @@ def world(tmp_path_factory, forked):
     (root / "full").mkdir()
     (root / "full" / "thesis.tex").write_text("years of work")
     (root / "typo.yaml").write_text("train: {stepz: 3}")
+    (root / "tab.yaml").write_text("train:\n\tsteps: 3")
+    (root / "store").mkdir()
+    (root / "store" / "store.json").write_text("{}")
     (root / "broken.yaml").write_text("train: {steps: 3")
 
     (root / "run").mkdir()
