@@ -116,7 +116,8 @@ class StopRequest:
     """Within the context, the signals of `STOP_SIGNALS` are noted and end nothing.
 
     Signals come to each rank in its own time, or to one alone: ranks have to agree on when to heed
-    them.
+    them. Only where a rank has failed, and torchrun ends the others, do these end at once: they may
+    wait for it in a collective, in which Python notes nothing.
     """
 
     def __init__(self) -> None:
@@ -129,11 +130,31 @@ class StopRequest:
 
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             self._handlers = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+            arrivals, arrival = os.pipe()
+            os.set_blocking(arrival, False)
+            self._wakeup = signal.set_wakeup_fd(arrival)  # written to whatever the main thread does
+            threading.Thread(target=_end_with_a_failed_rank, args=(arrivals,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._handlers:
+            os.close(signal.set_wakeup_fd(self._wakeup))
+
+
+def _end_with_a_failed_rank(arrivals: int) -> None:
+    """End this process when a signal arrives and another rank has failed; for a thread.
+
+    Args:
+        arrivals: file descriptor with a byte for every signal.
+    """
+    with open(arrivals, "rb", buffering=0) as file:
+        while file.read(1):
+            distributed = _distributed()
+            with contextlib.suppress(RuntimeError):  # the process that served the store is gone
+                if distributed is not None and _store(distributed).check([_FAILURE_KEY]):
+                    _exit(BUG)
 
 
 @contextlib.contextmanager
@@ -215,10 +236,14 @@ def _is_first_failure(distributed: Any) -> bool:
     if distributed is None:
         return launch_rank() == 0
     try:
-        store = distributed.distributed_c10d._get_default_store()
-        return store.add(_FAILURE_KEY, 1) == 1
+        return _store(distributed).add(_FAILURE_KEY, 1) == 1
     except RuntimeError:  # the process that served the store is gone: nobody else can speak
         return True
+
+
+def _store(distributed: Any) -> Any:
+    """What the ranks of a process group know of each other."""
+    return distributed.distributed_c10d._get_default_store()
 
 
 def _traceback() -> str:

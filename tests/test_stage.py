@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 SCRIPT = '''
 """A launch script in small."""
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -83,6 +85,16 @@ def main(recipe):
         if rank == 1:
             raise ZeroDivisionError("a bug")
         dist.barrier()
+    if recipe.what == "mistake on one, the other blocked":
+        dist = join()
+        if rank == 1:
+            dist.barrier()
+            raise MinitronError("a=1 is wrong; give 2")
+        with StopRequest():
+            dist.barrier()
+            libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)  # as in a collective of NCCL: no signal ends it
     if recipe.what == "success":
         join().barrier()
     sys.stdout.write(f"done {rank}\\n")  # in one piece
@@ -236,6 +248,15 @@ def test_a_mistake_is_printed_once_and_ends_all_ranks(script, what):
     summary = err.partition("Root Cause")[2]
     assert "exitcode  : 2" in summary  # not the rank that lost its peer
     assert "traceback : error: a=1 is wrong; give 2\n" in summary
+
+
+def test_a_mistake_on_one_rank_ends_ranks_that_no_signal_wakes(script):
+    begin = time.monotonic()
+    status, _, err = call(*TORCHRUN, script, "--what", "mistake on one, the other blocked")
+    assert time.monotonic() - begin < 25  # torchrun kills after 30 s
+    assert status != 0
+    assert err.splitlines().count("error: a=1 is wrong; give 2") == 1
+    assert "exitcode  : 2" in err.partition("Root Cause")[2]
 
 
 def test_an_unknown_key_is_printed_once(script):
