@@ -27,6 +27,7 @@ from minitron.metrics import METRICS
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 INPUTS = "inputs.json"
+LOCK = ".lock"
 # What a directory keeps of how it was made, which makes it no other.
 _RECORDS = (RECIPE, INPUTS, METRICS)
 # Bytes that a fingerprint reads of a file's begin, and pieces of the whole and bytes of each.
@@ -53,7 +54,7 @@ def check_out(
     """
     try:
         _check_place(out)
-        entries = sorted(os.listdir(out)) if out.exists() else []
+        entries = sorted({*os.listdir(out)} - {LOCK}) if out.exists() else []
     except OSError as error:
         raise _unusable(out, error) from None
     if resume:
@@ -243,7 +244,7 @@ def write_manifest(
 
     The command and the number of ranks are those of this process.
     """
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name not in (MANIFEST, LOCK))
     with ThreadPoolExecutor(max_workers=4) as pool:
         hashes = list(pool.map(sha256, files))
     write_json(

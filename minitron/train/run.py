@@ -12,10 +12,13 @@ whole model.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import platform as host
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -82,16 +85,17 @@ def open_run(recipe: Any, inputs: Mapping[str, str]) -> bool:
         the directory as it is.
 
     Raises:
-        MinitronError: the directory is not empty and neither resume nor overwrite is asked for, or
-            the earlier attempt had another recipe or other inputs.
+        MinitronError: the directory is not empty and neither resume nor overwrite is asked for,
+            another process writes it, or the earlier attempt had another recipe or other inputs.
     """
     out: Path = recipe.out
 
     def prepare() -> bool:
         artifact.check_out(out, overwrite=recipe.overwrite, resume=recipe.resume)
-        if out.exists() and recipe.overwrite and not recipe.resume:
-            shutil.rmtree(out.resolve())
         artifact.create_directory(out.resolve())
+        _lock(out)
+        if recipe.overwrite and not recipe.resume:
+            _empty(out)
         saved = out / artifact.RECIPE
         if recipe.resume and saved.exists():
             changes = _changes(recipe, inputs)
@@ -184,6 +188,7 @@ def finish_run(
             parents=parents,
             metrics={"num_parameters": model[0].arch.num_parameters, **metrics},
         )
+        _unlock(out)
         print(f"wrote {out}", flush=True)
 
     parallel.on_rank_zero(create)
@@ -227,6 +232,48 @@ def open_batches(
         **ranks,
     )
     return batches, validation
+
+
+_locks: dict[Path, TextIO] = {}
+
+
+def _lock(directory: Path) -> None:
+    """Keep other processes from writing a run until `_unlock`, or the end of this one.
+
+    Where the file system knows no locks, nothing is kept.
+    """
+    path = directory.resolve() / artifact.LOCK
+    if path in _locks:
+        return
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        other = file.read() or "another process"
+        raise MinitronError(
+            f"{directory} is being written by {other}; wait for its end, or choose another --out"
+        ) from None
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {host.node()}")
+    file.flush()
+    _locks[path] = file
+
+
+def _unlock(directory: Path) -> None:
+    path = directory.resolve() / artifact.LOCK
+    path.unlink()
+    _locks.pop(path).close()
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != artifact.LOCK:
+            path.unlink()
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

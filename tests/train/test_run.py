@@ -1,5 +1,7 @@
 """A run's directory: refused, replaced or taken over, and complete once it has a manifest."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from minitron.parallel import initialize
 from minitron.sections.parallel import ParallelConfig
 from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles
-from minitron.train.run import finish_run, open_run
+from minitron.train.run import _unlock, finish_run, open_run
 from tests.runs import build_model, load_tensors, run_on
 from tests.tiny import save_llama
 
@@ -46,7 +48,7 @@ def _attempt(recipe):
 
 
 def _files(directory):
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.iterdir() if path.name != artifact.LOCK)
 
 
 def test_a_new_run_saves_its_recipe(recipe):
@@ -123,6 +125,32 @@ def test_resuming_a_complete_run_leaves_it_as_it_is(recipe, caplog):
     more = replace(again, allow_change=True, train=replace(recipe.train, steps=200))
     assert open_run(more, INPUTS)
     assert not (recipe.out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("way", ["resume", "overwrite"])
+def test_a_run_that_another_process_writes_is_left_alone(recipe, way):
+    open_run(recipe, INPUTS)
+    _unlock(recipe.out)
+    command = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'a+')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+        "file.write('process 7 on gpu07')\nfile.flush()\nprint('begun', flush=True)\ninput()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", command, str(recipe.out / artifact.LOCK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(MinitronError) as caught:
+            open_run(replace(recipe, **{way: True}), INPUTS)
+        other.kill()
+    assert str(caught.value) == (
+        f"{recipe.out} is being written by process 7 on gpu07; wait for its end, or choose another "
+        "--out"
+    )
+    assert _files(recipe.out) == ["inputs.json", "recipe.yaml"]
+    assert open_run(replace(recipe, **{way: True}), INPUTS)
 
 
 def test_resuming_what_was_never_begun_begins_it(recipe):
