@@ -12,13 +12,10 @@ whole model.
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform as host
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
@@ -33,6 +30,7 @@ from minitron.parallel import Topology
 from minitron.sections.data import DataConfig
 from minitron.sections.train import TrainConfig
 from minitron.train.checkpoint import ModelFiles
+from minitron.train.lock import lock, unlock
 
 # What says only how this attempt is made.
 _ATTEMPT_KEYS = ("out", "resume", "overwrite", "until_step", "allow_change")
@@ -93,13 +91,14 @@ def open_run(recipe: Any, inputs: Mapping[str, str]) -> bool:
     def prepare() -> bool:
         artifact.check_out(out, overwrite=recipe.overwrite, resume=recipe.resume)
         artifact.create_directory(out.resolve())
-        _lock(out)
+        lock(out)
         if recipe.overwrite and not recipe.resume:
             _empty(out)
         saved = out / artifact.RECIPE
         if recipe.resume and saved.exists():
             changes = _changes(recipe, inputs)
             if changes is None:
+                unlock(out)
                 return False
             for change in changes:
                 log(f"goes on with a change: {change}")
@@ -121,12 +120,21 @@ def has_more_to_do(recipe: Any, inputs: Mapping[str, str]) -> bool:
         inputs: as for `open_run`.
 
     Raises:
-        MinitronError: the earlier attempt had another recipe or other inputs.
+        MinitronError: another process writes it, or the earlier attempt had another recipe or other
+            inputs.
     """
 
     def look() -> bool:
-        resumes = recipe.resume and (recipe.out / artifact.RECIPE).exists()
-        return not resumes or _changes(recipe, inputs) is not None
+        if not recipe.resume or not (recipe.out / artifact.RECIPE).exists():
+            return True
+        lock(recipe.out)  # from here on, so that no other process goes on meanwhile
+        goes_on = False
+        try:
+            goes_on = _changes(recipe, inputs) is not None
+        finally:
+            if not goes_on:
+                unlock(recipe.out)
+        return goes_on
 
     return parallel.on_rank_zero(look)
 
@@ -188,7 +196,7 @@ def finish_run(
             parents=parents,
             metrics={"num_parameters": model[0].arch.num_parameters, **metrics},
         )
-        _unlock(out)
+        unlock(out)
         print(f"wrote {out}", flush=True)
 
     parallel.on_rank_zero(create)
@@ -232,40 +240,6 @@ def open_batches(
         **ranks,
     )
     return batches, validation
-
-
-_locks: dict[Path, TextIO] = {}
-
-
-def _lock(directory: Path) -> None:
-    """Keep other processes from writing a run until `_unlock`, or the end of this one.
-
-    Where the file system knows no locks, nothing is kept.
-    """
-    path = directory.resolve() / artifact.LOCK
-    if path in _locks:
-        return
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        other = file.read() or "another process"
-        raise MinitronError(
-            f"{directory} is being written by {other}; wait for its end, or choose another --out"
-        ) from None
-    except OSError:
-        pass
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {host.node()}")
-    file.flush()
-    _locks[path] = file
-
-
-def _unlock(directory: Path) -> None:
-    path = directory.resolve() / artifact.LOCK
-    path.unlink()
-    _locks.pop(path).close()
 
 
 def _empty(directory: Path) -> None:

@@ -14,8 +14,9 @@ from minitron.errors import MinitronError
 from minitron.parallel import initialize
 from minitron.sections.parallel import ParallelConfig
 from minitron.sections.train import TrainConfig
+from minitron.train import lock
 from minitron.train.checkpoint import ModelFiles
-from minitron.train.run import _unlock, finish_run, open_run
+from minitron.train.run import finish_run, open_run
 from tests.runs import build_model, load_tensors, run_on
 from tests.tiny import save_llama
 
@@ -128,9 +129,10 @@ def test_resuming_a_complete_run_leaves_it_as_it_is(recipe, caplog):
 
 
 @pytest.mark.parametrize("way", ["resume", "overwrite"])
-def test_a_run_that_another_process_writes_is_left_alone(recipe, way):
+def test_a_run_that_another_process_writes_is_left_alone(recipe, way, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "_PATIENCE_S", 1)
     open_run(recipe, INPUTS)
-    _unlock(recipe.out)
+    lock.unlock(recipe.out)
     command = (
         "import fcntl, sys\nfile = open(sys.argv[1], 'a+')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
         "file.write('process 7 on gpu07')\nfile.flush()\nprint('begun', flush=True)\ninput()"
@@ -142,13 +144,12 @@ def test_a_run_that_another_process_writes_is_left_alone(recipe, way):
         text=True,
     ) as other:
         assert other.stdout.readline() == "begun\n"
-        with pytest.raises(MinitronError) as caught:
+        with pytest.raises(MinitronError) as caught, caplog.at_level("INFO"):
             open_run(replace(recipe, **{way: True}), INPUTS)
         other.kill()
-    assert str(caught.value) == (
-        f"{recipe.out} is being written by process 7 on gpu07; wait for its end, or choose another "
-        "--out"
-    )
+    said = f"{recipe.out} is being written by process 7 on gpu07; "
+    assert str(caught.value) == f"{said}wait for its end, or choose another --out"
+    assert caplog.messages == [f"{said}waits 1 s for its end"]
     assert _files(recipe.out) == ["inputs.json", "recipe.yaml"]
     assert open_run(replace(recipe, **{way: True}), INPUTS)
 
