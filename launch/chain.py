@@ -1,8 +1,7 @@
 """Make a large model small in steps: score, prune, distill, and again from the result.
 
-A chain is a recipe of recipes. Each of its stages is a launch script with its own recipe, which is
-built from the chain's, and leaves an artifact of its own, as it would if it was started by hand.
-All recipes are built and all shapes worked out before the first stage starts.
+A chain is a recipe of recipes: each stage is a launch script, whose own recipe is built from the
+chain's, and leaves an artifact of its own, as if it was started by hand. All is planned first.
 """
 
 from __future__ import annotations
@@ -43,9 +42,8 @@ class Recipe:
     prune: Tree = field(default_factory=dict)
     """Keys of launch/prune.py for all steps."""
     distill: Tree = field(default_factory=dict)
-    """Keys of launch/distill.py for all steps. Steps for which there are none, here or there, only
-    score and prune. Keys of all these sections may be given as --distill.train.lr 1e-4 or, for one
-    step, --steps.STEP.distill.train.lr 1e-4."""
+    """Keys of launch/distill.py for all steps; without any, steps only score and prune. As flags,
+    keys of these sections look like --distill.train.lr and --steps.STEP.distill.train.lr."""
     out: Path
     """Directory of the chain."""
     list_only: bool = False
@@ -76,14 +74,14 @@ from types import ModuleType
 from typing import Any
 
 from minitron import artifact, config, platform
-from minitron.data.batches import prepare_data
+from minitron.data.batches import TrainBatches, open_train, prepare_data
 from minitron.data.tokenizer import find_tokenizer
 from minitron.errors import MinitronError, saying
 from minitron.metrics import format_table, log
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.llama import check_parallel
-from minitron.parallel import initialize, is_rank_zero, on_rank_zero
+from minitron.parallel import initialize, is_rank_zero, on_rank_zero, world
 from minitron.prune.target import target_shape
 from minitron.report.table import count_text
 from minitron.search.space import Shape
@@ -93,7 +91,7 @@ PARTS = ("scores", "pruned", "distilled")
 """What launch/importance.py, launch/prune.py and launch/distill.py leave of a step."""
 _OWN_KEYS = ("model", "scores", "student", "out", "overwrite", "resume", "until_step")
 # What may be another without another result. Paths are compared by what they hold.
-_FREE_KEYS = ("model.path", "scores.path", "student.path", "teacher.path", "allow_change")
+_FREE_KEYS = ("model.path", "scores.path", "student.path", "teacher.path", "allow_change", "check")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +119,6 @@ class Stage:
         """What it leaves."""
         return self.recipe.out
 
-    @property
-    def manifest(self) -> dict[str, Any] | None:
-        """What it says of itself, None until it is complete."""
-        return artifact.read_manifest(self.out)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -148,15 +141,15 @@ def main(recipe: Recipe) -> None:
         return
 
     def prepare() -> int:
-        overwrite, inputs = recipe.overwrite, [recipe.model.path]
-        artifact.check_out(recipe.out, overwrite=overwrite, resume=recipe.resume, inputs=inputs)
+        modes = {"overwrite": recipe.overwrite, "resume": recipe.resume}
+        artifact.check_out(recipe.out, **modes, inputs=[recipe.model.path])
         complete = check_complete(stages) if recipe.resume else 0
         _check_inputs(stages[complete:], recipe.model.path, source)
         if recipe.out.exists() and not recipe.resume:
             shutil.rmtree(recipe.out.resolve())
         artifact.create_directory(recipe.out.resolve())
         config.save(recipe, recipe.out / artifact.RECIPE)
-        print(table(source, steps), flush=True)
+        print(f"{table(source, steps)}\n", flush=True)
         log(f"complete: {complete} of {len(stages)} stages")
         return complete
 
@@ -174,9 +167,7 @@ def main(recipe: Recipe) -> None:
             parents={"model": recipe.model.path},
             metrics=metrics,
         )
-        print(
-            f"{table(source, steps)}\n\nstudent: {stages[-1].out}\nwrote {recipe.out}", flush=True
-        )
+        print(f"{table(source, steps)}\n\nstudent: {metrics['student']}\nwrote {recipe.out}")
 
     on_rank_zero(finish)
 
@@ -186,8 +177,6 @@ def script(name: str) -> ModuleType:
     """A launch script as a module, of which `Recipe` and `main` are what it promises."""
     path = Path(__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(f"launch_{name}", path)
-    assert spec is not None, path
-    assert spec.loader is not None, path
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -280,7 +269,7 @@ def check_complete(stages: list[Stage]) -> int:
     """
     complete = 0
     for number, stage in enumerate(stages):
-        if manifest := stage.manifest:
+        if manifest := artifact.read_manifest(stage.out):
             if complete < number:
                 raise MinitronError(
                     f"{stage.out} is complete, but {stages[complete].out}, which it was made of, "
@@ -308,21 +297,31 @@ def _check_made(stage: Stage, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_inputs(stages: list[Stage], model: Path, source: Architecture) -> None:
-    """Refuse inputs that a later stage would refuse; what is text is tokenised now."""
-    tokenizer = find_tokenizer(model)
+    """Refuse what a later stage would refuse; data that is text is tokenised now."""
+    tokenizer, (_, ranks) = find_tokenizer(model), world()
     for stage in stages:
+        recipe = stage.recipe
         with saying(f"steps.{stage.step}: launch/{stage.script}.py"):
+            if data := recipe.data:
+                data = prepare_data(data, tokenizer, vocab_size=source.vocab_size)
             if stage.script == "distill":
-                config.check_paths(stage.recipe.teacher, "teacher.")
-            if stage.recipe.data is not None:
-                prepare_data(stage.recipe.data, tokenizer, vocab_size=source.vocab_size)
+                config.check_paths(recipe.teacher, "teacher.")
+                TrainBatches(
+                    open_train(data),
+                    global_batch_size=recipe.train.global_batch_size,
+                    micro_batch_size=recipe.train.micro_batch_size,
+                    data_parallel_rank=0,
+                    data_parallel_size=recipe.parallel.data_parallel_size(ranks),
+                    seed=recipe.seed,
+                )
 
 
 def table(source: Architecture, steps: list[Step]) -> str:
     """The models with their shapes, and what is known of their losses."""
     rows = []
     for name, arch, stages in [("", source, []), *((s.name, s.arch, s.stages) for s in steps)]:
-        found = {stage.script: (stage.manifest or {}).get("metrics", {}) for stage in stages}
+        manifests = {stage.script: artifact.read_manifest(stage.out) or {} for stage in stages}
+        found = {script: manifest.get("metrics", {}) for script, manifest in manifests.items()}
         rows.append(
             (
                 name,

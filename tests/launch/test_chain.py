@@ -345,11 +345,25 @@ def test_recipes_that_cannot_be(root, tmp_path, changes, message):
     assert "\n" not in text
 
 
-def test_data_that_is_missing_is_told_before_the_first_stage(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--distill.data.path", "none"), r"launch/distill.py: none does not exist; "),
+        (("--distill.teacher.path", "none"), r"launch/distill.py: --teacher.path none does not ex"),
+        (
+            ("--distill.train.global_batch_size", 3, "--distill.train.micro_batch_size", 2),
+            r"launch/distill.py: train.global_batch_size=3 is not a multiple of ",
+        ),
+        (
+            ("--distill.parallel.tensor_model_parallel_size", 2),
+            r"launch/distill.py: the number of ranks, 1, does not divide",
+        ),
+    ],
+)
+def test_what_a_later_stage_lacks_is_told_before_the_first(
+    root, tmp_path, monkeypatch, flags, message
+):
     stages, out = Stages(monkeypatch), tmp_path / "out"
-    distill = json.loads((root / "chain.yaml").read_text())["distill"]
-    distill["data"]["path"] = [str(tmp_path / "none")]
-    path = edited(root, tmp_path / "chain.yaml", distill=distill)
-    with pytest.raises(MinitronError, match=r"^steps.mid: launch/distill.py: .*/none"):
-        stages.run("--config", path, "--out", out)
+    with pytest.raises(MinitronError, match=f"^steps.mid: {message}"):
+        stages.run("--config", root / "chain.yaml", *flags, "--out", out)
     assert (stages.started, out.exists()) == ([], False)
