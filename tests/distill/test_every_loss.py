@@ -25,14 +25,14 @@ from minitron.model.sharding import load_weights, open_model, packed_parameters
 from minitron.ops import linear_kl
 from minitron.parallel import initialize
 from minitron.sections.data import DataConfig
-from minitron.sections.distill import CacheConfig, TeacherConfig
+from minitron.sections.distill import CacheConfig
 from minitron.sections.train import TrainConfig
 from minitron.train import loop
 from minitron.train.checkpoint import Position
 from tests.distill.every_loss import CASES, TEMPERATURE, Oracle
 from tests.distill.offline.stores import write_store
-from tests.runs import MEASURED, SEED, SEQ_LENGTH, VOCAB, Run, open_batches, run_on, write_tokens
-from tests.tiny import save_llama
+from tests.distill.pairs import save_pair
+from tests.runs import MEASURED, SEED, SEQ_LENGTH, VOCAB, open_batches, run_on
 
 # isort: split
 from megatron.core.distributed import (
@@ -54,21 +54,13 @@ TOPOLOGIES = ("tp1", "tp2", "tp2+sp", "tp4", "pp2", "pp2 vpp2", "dp2", "tp2 pp2"
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     sizes = {"num_hidden_layers": 2, "hidden_size": 48, "head_dim": 6}
-    save_llama(root / "student", vocab_size=VOCAB)
-    save_llama(root / "teacher", seed=1, vocab_size=VOCAB, **sizes)
-    write_tokens(root / "tokens", 12 * SEQ_LENGTH + 1)
+    run = save_pair(root, CONFIG, student={}, teacher=sizes)
     data = DataConfig(path=[str(root / "tokens")], seq_length=SEQ_LENGTH)
     stores = {"full": {"top_k": VOCAB}, "top_k": {"top_k": 20}, "draws": {"draws": 30}}
     for name, kept in stores.items():
         cache = CacheConfig(floats="fp32", temperature=TEMPERATURE, **kept)
         run_on("tp2", write_store, root / "teacher", data, cache, root / name, SEED)
-    return Run(
-        model=root / "student",
-        teacher=TeacherConfig(path=root / "teacher"),
-        tokens=root / "tokens",
-        out=root,
-        train=CONFIG,
-    )
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from minitron.data.batches import EvalBatches, open_windows
 from minitron.errors import MinitronError
 from minitron.metrics import read_metrics
 from minitron.model.weights import SINGLE_FILE
-from minitron.sections.distill import DistillConfig, TeacherConfig
+from minitron.sections.distill import DistillConfig
 from minitron.sections.train import TrainConfig
 from tests import reference, runs
+from tests.distill.pairs import save_pair
 from tests.ops import definitions
-from tests.runs import SEQ_LENGTH, VOCAB, Run, run_on, write_tokens
-from tests.tiny import save_llama
+from tests.runs import SEQ_LENGTH, run_on, write_tokens
 
 CONFIG = TrainConfig(
     steps=3,
@@ -40,17 +40,8 @@ TOLERANCE = dict.fromkeys(("loss", "kl", "ce", "top1_agreement", "grad_norm", "w
 def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
-    save_llama(root / "student", vocab_size=VOCAB, num_hidden_layers=2)
-    save_llama(root / "teacher", seed=1, vocab_size=VOCAB, **sizes)
-    write_tokens(root / "tokens", 12 * SEQ_LENGTH + 1)
     write_tokens(root / "valid", 4 * SEQ_LENGTH + 1, seed=1)
-    return Run(
-        model=root / "student",
-        teacher=TeacherConfig(path=root / "teacher"),
-        tokens=root / "tokens",
-        out=root,
-        train=CONFIG,
-    )
+    return save_pair(root, CONFIG, student={"num_hidden_layers": 2}, teacher=sizes)
 
 
 def _models(run):
