@@ -15,7 +15,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -109,8 +109,9 @@ def launch(stage: str, *arguments: object, cwd: Path, ranks: int = 1) -> Result:
 class ForkServer:
     """Runs stages in forks of one process that has imported everything.
 
-    Each is a process of its own that runs the whole script, with its own status and output; what is
-    saved is the seconds that a new process takes to import torch and megatron-core.
+    Every rank is a process of its own that runs the whole script, in the environment that torchrun
+    would give it; what is saved is the seconds that a new process takes to import torch and
+    megatron-core.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -123,11 +124,15 @@ class ForkServer:
             text=True,
         )
 
-    def __call__(self, stage: str, *arguments: object, cwd: Path) -> Result:
-        """Run `launch/STAGE.py` with these arguments; a status of None means that it hung."""
+    def __call__(self, stage: str, *arguments: object, cwd: Path, ranks: int = 1) -> Result:
+        """Run `launch/STAGE.py` with these arguments; a status of None means that it hung.
+
+        More than one rank have one output, and the status of the first of them that failed.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"stage": stage, "arguments": [str(a) for a in arguments], "cwd": str(cwd)}
+        request["ranks"] = ranks
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return Result(**json.loads(self._process.stdout.readline()))
@@ -145,36 +150,58 @@ def _serve() -> None:
         print(json.dumps(_run(**json.loads(line))), flush=True)
 
 
-def _run(stage: str, arguments: list[str], cwd: str) -> dict[str, Any]:
+def _run(stage: str, arguments: list[str], cwd: str, ranks: int) -> dict[str, Any]:
+    from torch.distributed import TCPStore
+
+    common: dict[str, Any] = {}
+    if ranks > 1:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        common = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,  # the ranks do not open it themselves
+            "TORCHELASTIC_RESTART_COUNT": 0,
+            "WORLD_SIZE": ranks,
+        }
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if child == 0:
-            os.chdir(cwd)
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            script = str(LAUNCH / f"{stage}.py")
-            sys.argv = [script, *arguments]
-            status = 1
-            try:
-                runpy.run_path(script, run_name="__main__")
-                status = 0
-            except SystemExit as exit_:
-                status = int(exit_.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        status = _wait(child)
+        children = []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                if common:
+                    own = common | {"RANK": rank, "LOCAL_RANK": rank}
+                    os.environ.update({name: str(value) for name, value in own.items()})
+                os.chdir(cwd)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                _become(str(LAUNCH / f"{stage}.py"), arguments)
+            children.append(child)
+        deadline = time.monotonic() + TIMEOUT_S / 2
+        statuses = [_wait(child, deadline) for child in children]
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
+    status = next((status for status in statuses if status != 0), 0)
     return {"status": status, "out": texts[0], "err": texts[1]}
 
 
-def _wait(child: int) -> int | None:
-    deadline = time.monotonic() + TIMEOUT_S / 2
+def _become(script: str, arguments: list[str]) -> NoReturn:
+    sys.argv = [script, *arguments]
+    status = 1
+    try:
+        runpy.run_path(script, run_name="__main__")
+        status = 0
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _wait(child: int, deadline: float) -> int | None:
     while time.monotonic() < deadline:
         pid, code = os.waitpid(child, os.WNOHANG)
         if pid:

@@ -9,7 +9,7 @@ import pytest
 from minitron import artifact
 from minitron.distill.offline.files import SHARDS
 from minitron.distill.offline.store import LogitStore
-from tests.launch.launcher import Launch, launch
+from tests.launch.launcher import Launch
 from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import save_llama
 
@@ -41,7 +41,8 @@ def records(run):
 
 
 def test_a_student_learns_from_the_store_what_it_learns_from_the_teacher(root, forked):
-    result = launch("cache_logits", *CACHE, *WHOLE, *TP2, "--out", "logits", cwd=root, ranks=2)
+    result = forked("cache_logits", *CACHE, *WHOLE, *TP2, "--out", "logits", cwd=root, ranks=2)
+    assert result.status == 0, result.err
     manifest = artifact.read_manifest(root / "logits")
     metrics = manifest["metrics"]
     assert (metrics["samples"], metrics["tokens"]) == (75, 75 * SEQ_LENGTH)
@@ -56,8 +57,9 @@ def test_a_student_learns_from_the_store_what_it_learns_from_the_teacher(root, f
     assert online.status == 0, online.err
     micro = ("--train.micro_batch_size", 2)
     offline = ("--teacher.logits", "logits", *TRAIN, *micro, *PP2, "--out", "offline")
-    said = launch("distill", *offline, cwd=root, ranks=2).err
-    assert "on the first samples, in nats a token: initial student's loss " in said
+    result = forked("distill", *offline, cwd=root, ranks=2)
+    assert result.status == 0, result.err
+    assert "on the first samples, in nats a token: initial student's loss " in result.err
     pairs = list(zip(records(root / "online"), records(root / "offline"), strict=True))
     assert len(pairs) == 4 + 3
     for expected, found in pairs:
@@ -91,7 +93,8 @@ def test_a_killed_run_goes_on_where_it_was(root, forked):
     for shard in kept[1:]:
         shard.unlink()
     before = kept[0].stat().st_mtime_ns
-    launch("cache_logits", *arguments, "--out", out.name, "--resume", cwd=root, ranks=2)
+    resumed = forked("cache_logits", *arguments, "--out", out.name, "--resume", cwd=root, ranks=2)
+    assert resumed.status == 0, resumed.err
     assert kept[0].stat().st_mtime_ns == before
     names = [file.name for file in sorted((root / "whole" / SHARDS).iterdir())]
     assert [file.name for file in sorted((out / SHARDS).iterdir())] == names

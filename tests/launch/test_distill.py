@@ -7,7 +7,7 @@ import torch
 
 from minitron.sections.train import TrainConfig
 from minitron.train.optimizer import learning_rate
-from tests.launch.launcher import LAUNCH, launch
+from tests.launch.launcher import LAUNCH
 from tests.runs import SEQ_LENGTH, VOCAB, load_tensors, write_tokens
 from tests.tiny import save_llama
 
@@ -63,7 +63,8 @@ def test_a_resumed_run_may_change_its_batches_schedule_and_ranks(root, forked):
         )
 
     first = (*arguments(SEQ_LENGTH, 4, 1e-3, "tensor"), "--until_step", 2)
-    launch("distill", *first, cwd=root, ranks=2)
+    result = forked("distill", *first, cwd=root, ranks=2)
+    assert result.status == 0, result.err
     tokens = root / "train.bin"
     content = tokens.read_bytes()
     tokens.write_bytes(content[2:] + content[:2])
@@ -76,7 +77,8 @@ def test_a_resumed_run_may_change_its_batches_schedule_and_ranks(root, forked):
         "train.global_batch_size: 4 -> 6",
         "train.lr: 0.001 -> 0.0005",
     ]
-    result = launch("distill", *other, "--allow-change", cwd=root, ranks=2)
+    result = forked("distill", *other, "--allow-change", cwd=root, ranks=2)
+    assert result.status == 0, result.err
     said = [line for line in result.err.splitlines() if "goes on with a change: " in line]
     assert len(said) == len(changes)
     assert all(change in line for line, change in zip(said, changes, strict=True))

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from minitron import artifact
 from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
 from minitron.errors import MinitronError
-from tests.launch.launcher import Launch, launch
+from tests.launch.launcher import TIMEOUT_S, Launch
 from tests.launch.search.searching import call
 from tests.tiny import save_llama
 
@@ -70,8 +70,9 @@ def test_every_prompt_is_answered_in_order(root, answered):
         ("--parallel.tensor_model_parallel_size", 2, "--parallel.sequence_parallel"),
     ],
 )
-def test_ranks_do_not_change_the_responses(root, answered, tmp_path, parallel):
-    launch(*ANSWER, *parallel, "--out", tmp_path / "out", cwd=root, ranks=2)
+def test_ranks_do_not_change_the_responses(root, answered, tmp_path, forked, parallel):
+    result = forked(*ANSWER, *parallel, "--out", tmp_path / "out", cwd=root, ranks=2)
+    assert result.status == 0, result.err
     for name in ("responses.jsonl", "responses.bin", "responses.idx"):
         assert (tmp_path / "out" / name).read_bytes() == (answered / name).read_bytes()
 
@@ -79,7 +80,7 @@ def test_ranks_do_not_change_the_responses(root, answered, tmp_path, parallel):
 def test_a_killed_run_continues(root, answered, tmp_path, forked):
     out = tmp_path / "out"
     run = Launch(*ANSWER, "--generate.micro_batch_size", 1, "--out", out, cwd=root)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not (out / "responses.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     run.kill()

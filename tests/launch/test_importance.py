@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from minitron import artifact
 from minitron.prune.depth import load_depth
-from tests.launch.launcher import launch
 from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import save_llama
 
@@ -21,13 +20,14 @@ def arguments(tmp_path):
     return ("--model", tmp_path / "model", *data)
 
 
-def test_scores_and_trials_of_a_pipeline_choose_layers(tmp_path, arguments):
+def test_scores_and_trials_of_a_pipeline_choose_layers(tmp_path, arguments, forked):
     trials = ("--depth.layers", "--depth.windows", 2, "--depth.greedy", 1)
     pipeline = ("--parallel.pipeline_model_parallel_size", 2)
     out = tmp_path / "scores"
-    result = launch(
+    result = forked(
         "importance", *arguments, *trials, *pipeline, "--out", out, cwd=tmp_path, ranks=2
     )
+    assert result.status == 0, result.err
     depth = load_depth(out)
     lines = result.out.splitlines()
     assert lines[0].endswith("lm loss without it  increase  logit distance")
@@ -49,14 +49,16 @@ def test_scores_and_trials_of_a_pipeline_choose_layers(tmp_path, arguments):
     best = min(depth.windows, key=lambda trial: trial.lm_loss).drop_layers
     sizes = ("--prune.num_layers", 2, "--prune.layer_ranking", "window")
     source = ("--model", tmp_path / "model", "--scores", out)
-    result = launch("prune", *source, *sizes, "--out", tmp_path / "pruned", cwd=tmp_path)
+    result = forked("prune", *source, *sizes, "--out", tmp_path / "pruned", cwd=tmp_path)
+    assert result.status == 0, result.err
     assert "layer ranking: window, on 3 samples" in result.out + result.err
     record = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     assert record["layers"] == [layer for layer in range(4) if layer + 1 not in best]
 
 
-def test_scores_alone_make_no_trials(tmp_path, arguments):
-    result = launch("importance", *arguments, "--out", tmp_path / "scores", cwd=tmp_path)
+def test_scores_alone_make_no_trials(tmp_path, arguments, forked):
+    result = forked("importance", *arguments, "--out", tmp_path / "scores", cwd=tmp_path)
+    assert result.status == 0, result.err
     assert not (tmp_path / "scores" / "depth.json").exists()
     *table, last = result.out.splitlines()
     assert len(table) == 2 + 4

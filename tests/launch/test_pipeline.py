@@ -71,21 +71,18 @@ def demo(tmp_path_factory, forked):
     (data / "valid.txt").write_text(inspect.getsource(difflib)[:6000])
     write_tokens(data / "random", EVAL_TOKENS)
 
-    def run(*arguments, ranks):
-        launch(*arguments, cwd=root, ranks=ranks)
-
-    def run_here(*arguments):
-        result = forked(*arguments, cwd=root)
+    def run(*arguments, ranks=1):
+        result = forked(*arguments, cwd=root, ranks=ranks)
         assert result.status == 0, result.err
 
     run(
         *("preprocess", "--data.path", "demo/data/source.train.jsonl"),
         *("--tokenizer.train_vocab_size", VOCAB, "--out", "demo/data/source.train"),
-        ranks=1,
     )
-    run(
+    launch(
         *("train", *recipe("teacher"), *init(HIDDEN, FFN), *TRAIN, *TP2),
         *("--train.checkpoint_interval", CHECKPOINT, "--train.valid_interval", CHECKPOINT),
+        cwd=root,
         ranks=2,
     )
     run(
@@ -96,27 +93,26 @@ def demo(tmp_path_factory, forked):
     run(
         *("prune", *recipe("width_prune")),
         *("--prune.hidden_size", PRUNED_HIDDEN, "--prune.ffn_hidden_size", PRUNED_FFN),
-        ranks=1,
     )
-    run_here("prune", *recipe("depth_prune"), "--prune.num_layers", LAYERS - 1)
-    run_here(
+    run("prune", *recipe("depth_prune"), "--prune.num_layers", LAYERS - 1)
+    run(
         *("train", *recipe("control"), *init(PRUNED_HIDDEN, PRUNED_FFN)),
         *("--data.path", "demo/data/source.train", "--data.seq_length", SEQ_LENGTH),
     )
-    run(*DISTILL, ranks=2)  # data-parallel
+    launch(*DISTILL, cwd=root, ranks=2)  # data-parallel
     run(
         *("eval", "--model", "demo/width", "--data.path", "demo/data/random"),
         *("--data.seq_length", EVAL_LENGTH, "--eval.micro_batch_size", 3, "--out", "demo/eval"),
         ranks=2,
     )
     checkpoint = ("--checkpoint", "demo/teacher", "--checkpoint.step", CHECKPOINT)
-    run_here("export", *checkpoint, "--out", "demo/export")
+    run("export", *checkpoint, "--out", "demo/export")
     run("convert", "--model", "demo/width", *PP2, "--out", "demo/megatron", ranks=2)
-    run_here(
+    run(
         *("convert", "--model", "demo/width", "--checkpoint", "demo/megatron"),
         *("--out", "demo/back"),
     )
-    run_here(
+    run(
         *("report", "demo/teacher", "demo/width", "demo/random_init", "demo/scores", "demo/eval"),
         *("--out", "demo/report.html"),
     )

@@ -2,10 +2,7 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,26 +16,12 @@ from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.llama import LlamaModel
 from minitron.prune.scores import save_scores
+from tests.launch.launcher import LAUNCH, launch
 from tests.prune.scored import random_importance
 from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import logits, save_llama
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "launch" / "prune.py"
-
-
-def launch(*arguments, torchrun=0):
-    command = [sys.executable]
-    if torchrun:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, str(SCRIPT), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+SCRIPT = LAUNCH / "prune.py"
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +59,14 @@ def scores(tmp_path, model):
     return directory
 
 
-def test_width_from_a_score_directory(tmp_path, model, scores):
+def test_width_from_a_score_directory(tmp_path, model, scores, forked):
     out = tmp_path / "out"
     sizes = ("--prune.hidden_size", 16, "--prune.ffn_hidden_size", 24)
-    result = launch("--model", model, "--scores", scores, *sizes, "--out", out)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    result = forked(
+        "prune", "--model", model, "--scores", scores, *sizes, "--out", out, cwd=tmp_path
+    )
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
     assert lines[3].split() == ["hidden", "size", "32", "16", "50.0%"]
     assert lines[-1] == f"wrote {out}"
     arch = hf.read_architecture(out)
@@ -100,20 +85,20 @@ def test_width_from_a_score_directory(tmp_path, model, scores):
 def test_named_layers_under_torchrun_need_neither_scores_nor_data(tmp_path, model):
     out = tmp_path / "out"
     layers = ("--prune.drop_layers", 2, "--prune.drop_layers", 3)
-    result = launch("--model", model, *layers, "--out", out, torchrun=2)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("wrote") == 1
-    assert result.stdout.count("dropped layers 2, 3 (counted from 1)\n") == 1
-    assert result.stdout.count("loss not checked: give --data.path\n") == 1
+    result = launch("prune", "--model", model, *layers, "--out", out, cwd=tmp_path, ranks=2)
+    assert result.out.count("wrote") == 1
+    assert result.out.count("dropped layers 2, 3 (counted from 1)\n") == 1
+    assert result.out.count("loss not checked: give --data.path\n") == 1
     assert json.loads((out / "pruning.json").read_text())["layers"] == [0, 3]
     assert hf.read_architecture(out).num_layers == 2
 
 
-def test_mistakes_are_one_line(model, tmp_path):
-    result = launch("--model", model, "--prune.hiden_size", 16, "--out", tmp_path / "out")
-    assert result.returncode == 2
-    assert "did you mean prune.hidden_size?" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_mistakes_are_one_line(model, tmp_path, forked):
+    arguments = ("--model", model, "--prune.hiden_size", 16, "--out", tmp_path / "out")
+    result = forked("prune", *arguments, cwd=tmp_path)
+    assert result.status == 2
+    assert "did you mean prune.hidden_size?" in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_help_explains_every_key(prune, capsys):
@@ -161,15 +146,15 @@ def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     assert torch.equal(logits(models[0]), logits(models[1]))
 
 
-def test_losses_are_those_of_the_written_model_of_the_source_and_of_chance(tmp_path):
+def test_losses_are_those_of_the_written_model_of_the_source_and_of_chance(tmp_path, forked):
     """On a pipeline of two ranks, which also share the slicing; against transformers."""
     source = save_llama(tmp_path / "model", vocab_size=VOCAB)
     prefix = write_tokens(tmp_path / "tokens", 5 * SEQ_LENGTH + 1)
     arguments = ("--model", tmp_path / "model", "--data.path", prefix, "--check.samples", 4)
     arguments += ("--data.seq_length", SEQ_LENGTH, "--parallel.pipeline_model_parallel_size", 2)
     arguments += ("--prune.ffn_hidden_size", 24, "--prune.num_layers", 3)
-    result = launch(*arguments, "--out", tmp_path / "out", torchrun=2)
-    assert result.returncode == 0, result.stderr
+    result = forked("prune", *arguments, "--out", tmp_path / "out", cwd=tmp_path, ranks=2)
+    assert result.status == 0, result.err
     losses = artifact.read_manifest(tmp_path / "out")["metrics"]["lm_loss"]
     student = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     for name, model in (("source", source), ("student", student)):
@@ -179,7 +164,7 @@ def test_losses_are_those_of_the_written_model_of_the_source_and_of_chance(tmp_p
             expected = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels)
         assert losses[name] == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(losses.values())) == 3
-    rows = [line.split() for line in result.stdout.splitlines()[-4:-1]]
+    rows = [line.split() for line in result.out.splitlines()[-4:-1]]
     assert [row[-1] for row in rows] == [f"{loss:.4f}" for loss in losses.values()]
 
 
@@ -234,15 +219,16 @@ def test_merging_where_no_head_goes_is_said_to_have_no_effect(tmp_path, model, p
     assert "dropped" not in out
 
 
-def test_ranks_write_the_same_files(tmp_path, model, scores):
+def test_ranks_write_the_same_files(tmp_path, model, scores, forked):
     sizes = ("--prune.hidden_size", 16, "--prune.num_query_groups", 1, "--prune.num_layers", 2)
-    for out, ranks in (("one", 0), ("three", 3)):
-        result = launch(
-            "--model", model, "--scores", scores, *sizes, "--out", tmp_path / out, torchrun=ranks
-        )
-        assert result.returncode == 0, result.stderr
-    one, three = (artifact.read_manifest(tmp_path / out)["files"] for out in ("one", "three"))
-    assert one == three
+    files = []
+    for ranks in (1, 3):
+        out = tmp_path / str(ranks)
+        arguments = ("--model", model, "--scores", scores, *sizes, "--out", out)
+        result = forked("prune", *arguments, cwd=tmp_path, ranks=ranks)
+        assert result.status == 0, result.err
+        files.append(artifact.read_manifest(out)["files"])
+    assert files[0] == files[1]
 
 
 def test_pruning_again_from_stored_scores_gives_the_same_bytes(
