@@ -79,14 +79,18 @@ def _draw(block_influence: Tensor, depth: DepthScores | None) -> Any:
         grid[0, 1].plot(range(1, len(taken) + 1), taken, linestyle="none", **_GREEDY)
         grid[0, 1].set(ylabel="layer that goes", yticks=_ticks(num_layers))
         grid[0, 1].set_ylim(0.3, num_layers + 0.7)
-        grid[-1, 1].set(xlabel="layers left out", xticks=_ticks(len(taken)))
+        grid[-1, 1].set(xlabel="layers left out", xticks=_ticks(len(taken), most=6))
     handles = {
         label: handle
         for axes in grid[-1]
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=6, frameon=False
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=len(handles) if len(handles) <= 5 else 4,
+        frameon=False,
     )
     return figure
 
@@ -108,6 +112,7 @@ def _accuracy(trial: Ablation) -> float:
 
 def _draw_trials(axes: Any, depth: DepthScores, panel: Panel) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     singles = {1: depth.layers} if depth.layers else {}
     series = singles | depth.windows_by_length()
@@ -124,6 +129,10 @@ def _draw_trials(axes: Any, depth: DepthScores, panel: Panel) -> None:
         axes.axhline(panel.whole, color="0.3", linestyle="--", label="whole model")
     elif min(drawn) > 0:
         axes.set_yscale("log")  # the first and last layers cost many times what others do
+        if max(drawn) < 100 * min(drawn):
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(panel.label)
 
 
@@ -133,7 +142,7 @@ def _draw_greedy(axes: Any, depth: DepthScores, panel: Panel) -> None:
     axes.tick_params(labelleft=False)  # the left panel's
 
 
-def _ticks(last: int) -> list[int]:
-    """At most about ten numbers from 1 to `last`: 1 and the multiples of a round step."""
-    step = next((step for step in (1, 2, 4, 5, 10) if last <= 10 * step), 20)
+def _ticks(last: int, *, most: int = 10) -> list[int]:
+    """About `most` numbers from 1 to `last`: 1 and the multiples of a round step."""
+    step = next((step for step in (1, 2, 4, 5, 8, 10) if last <= most * step), 20)
     return sorted({1, *range(step, last + 1, step)})

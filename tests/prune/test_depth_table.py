@@ -1,5 +1,7 @@
 """What is shown of the trials: the same numbers on the terminal, in depth.md and in depth.svg."""
 
+import logging
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -140,6 +142,14 @@ def test_a_layer_that_is_better_gone_has_its_place():
     depth.layers[1] = Ablation(drop_layers=[2], lm_loss=1.5, logit_distance=0.1)
     figure = _draw(INFLUENCE, depth)
     assert [axes.get_yscale() for axes in figure.axes[::2]] == ["linear", "linear", "log"]
+
+
+def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="minitron")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot_depth(tmp_path, INFLUENCE, None)
+    assert "depth.svg is not drawn: matplotlib is not installed" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
