@@ -5,7 +5,7 @@
 #
 #     docker build -t minitron .                     # --build-arg NGC_TAG=26.06-py3: another base
 #     docker run --gpus all --ipc=host --ulimit memlock=-1 --user "$(id -u):$(id -g)" \
-#         -e HOME=/tmp -v /models:/models -v /results:/results minitron \
+#         -e HOME=/tmp -e MINITRON_CACHE=/results/cache -v /models:/models -v /results:/results minitron \
 #         torchrun --nproc-per-node 8 launch/distill.py --config ...
 #     enroot import -o minitron.sqsh dockerd://minitron           # for pyxis, see launch/slurm/
 #

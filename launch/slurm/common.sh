@@ -10,6 +10,8 @@
 #     MINITRON_IMAGE   container image for pyxis, e.g. /images/minitron.sqsh; without one the ranks
 #                      run in the checkout's .venv (make setup)
 #     MINITRON_MOUNTS  what the container sees beside the checkout, e.g. /models:/models,/data:/data
+#     MINITRON_CACHE   where text is tokenised to, a directory that all nodes see; by default .cache in
+#                      the checkout, for a container's home is its own
 #     RANKS_PER_NODE   ranks of a node; by default one for each GPU that Slurm gave, else one
 #
 # shellcheck shell=bash
@@ -20,6 +22,7 @@ cd "$SLURM_SUBMIT_DIR"
 
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
+export MINITRON_CACHE="${MINITRON_CACHE:-$PWD/.cache}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # One hardware queue keeps tensor-parallel communication and computation in the order they are
 # issued in, which is what lets them overlap (up to Hopper).

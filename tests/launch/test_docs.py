@@ -1,4 +1,4 @@
-"""The commands of docs/pruning.md are ones that the launchers take, and reach legal shapes."""
+"""The commands of the docs are ones that the launchers take; pruning.md's reach legal shapes."""
 
 import importlib.util
 import re
@@ -14,9 +14,20 @@ from minitron.sections.prune import LayerRanking
 from tests.launch.launcher import LAUNCH, ROOT
 from tests.launch.test_published_recipes import LLAMA_8B
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "pruning.md").read_text(), re.DOTALL)
-LINES = "".join(BLOCKS).replace("\\\n", " ").splitlines()
-COMMANDS = [shlex.split(line) for line in LINES]
+
+def commands(path):
+    """The lines of a page's bash blocks, in words."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+    return [shlex.split(line) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+
+
+COMMANDS = commands(ROOT / "docs" / "pruning.md")
+README = [
+    words
+    for line in commands(ROOT / "README.md")
+    if any("launch/" in word and word.endswith(".py") for word in line)
+    for words in [[word.replace("$R/", "launch/recipes/") for word in line]]
+]
 
 
 def parse(stage, arguments):
@@ -35,6 +46,17 @@ def test_a_command_is_taken(command, monkeypatch):
     recipe = parse(stage, arguments)
     if stage == "prune":
         assert target_shape(recipe.prune, LLAMA_8B) != LLAMA_8B
+
+
+@pytest.mark.parametrize("command", README, ids=lambda command: command[-1].rpartition("/")[2])
+def test_a_command_of_the_readme_is_taken(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    place = next(n for n, word in enumerate(command) if word.startswith("launch/"))
+    stage = (ROOT / command[place]).stem
+    arguments = command[place + 1 :]
+    if stage == "report":
+        arguments = ["--runs", *arguments]  # as its script does for plain arguments
+    assert parse(stage, arguments)
 
 
 def test_every_ranking_has_its_command():

@@ -117,6 +117,7 @@ def test_one_node(job):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     _, log, _ = job
+    assert f"MINITRON_CACHE={job[0]}/.cache" in lines(log, "environment")  # seen by all nodes
     assert lines(log, "srun") == ["--nodes=1", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     assert lines(log, "torchrun") == [
         "--nnodes=1",
