@@ -62,7 +62,8 @@ class Recipe:
     deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
     """What memory and latency are counted for."""
     list_only: bool = False
-    """Only print the shapes that fit and what they cost; one process is enough."""
+    """Only print the shapes that fit and what they cost. Needs one process and no data, and scores
+    only where a layer_ranking reads trials; `--scores null` leaves out those of a recipe."""
     data: DataConfig | None = None
     """Data of the race, and of validation, which decides; not needed with `list_only`."""
     out: Path

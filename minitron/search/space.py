@@ -152,8 +152,8 @@ def _nothing_fits(
             f"because {refused[0]}; change the grid"
         )
     limits = [
-        f"budget.{name}={getattr(budget, name)}, where they have {min(met[name]):.4g} to "
-        f"{max(met[name]):.4g}"
+        f"budget.{name}=[{', '.join(f'{limit:.4g}' for limit in getattr(budget, name))}], where "
+        f"they have {min(met[name]):.4g} to {max(met[name]):.4g}"
         for name in budget.given()
         if met.get(name)
     ]

@@ -266,7 +266,7 @@ def test_budgets_that_nothing_fits():
     with pytest.raises(MinitronError) as caught:
         find_shapes(LLAMA_8B, grid, budget, costs, accept)
     assert str(caught.value) == (
-        "no shape of the grid, out of 2, fits budget.params=[1000000000.0, 2000000000.0], where "
+        "no shape of the grid, out of 2, fits budget.params=[1e+09, 2e+09], where "
         "they have 4.54e+09 to 8.03e+09; change the grid or the budgets"
     )
 

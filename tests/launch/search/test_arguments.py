@@ -51,7 +51,7 @@ def test_a_latency_budget_is_measured(inputs, tmp_path, capsys):
             "distill.intermediate.states=['embedding'] pairs layers, which differ from shape to "
             "shape; race on the logits alone",
         ),
-        (("--budget.params", 1e3), "no shape of the grid, out of 4, fits budget.params=[1000.0]"),
+        (("--budget.params", 1e3), "no shape of the grid, out of 4, fits budget.params=[1000]"),
     ],
 )
 def test_mistakes(inputs, tmp_path, flags, message):
