@@ -143,7 +143,8 @@ def logit_losses(
             independent of τ, as in arXiv:1503.02531.
         loss_mask: [s, b]; where it is zero, logits are not read, losses and gradients are zero.
         gradient: where the backward pass writes the gradient: into new memory, or over the logits
-            of the student or of the teacher (of the same dtype), which nobody may use after that.
+            of the student or of the teacher (of the same dtype), which nobody may use after that,
+            a second backward pass included.
         tp_group: the ranks that share the vocabulary; None for one rank.
 
     Raises:
