@@ -86,6 +86,7 @@ from minitron.model.generation import Prompt, generate
 from minitron.model.llama import LlamaModel, build_llama, check_parallel, freeze
 from minitron.model.sharding import open_model
 from minitron.parallel import initialize, is_rank_zero, on_rank_zero
+from minitron.train.lock import unlock
 from minitron.train.run import fingerprints, has_more_to_do, open_run
 
 
@@ -128,6 +129,7 @@ def main(recipe: Recipe) -> None:
             parents={"model": path},
             metrics=counts,
         )
+        unlock(out)
         print(
             f"wrote {out / RESPONSES}: {counts['documents']:,} responses, "
             f"{counts['tokens']:,} tokens",

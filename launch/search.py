@@ -139,6 +139,7 @@ from minitron.search.space import find_shapes
 from minitron.search.trials import Trials, check_candidate
 from minitron.sections.distill import TeacherConfig
 from minitron.train.checkpoint import ModelFiles
+from minitron.train.lock import unlock
 from minitron.train.run import fingerprints, has_more_to_do, open_batches, open_run
 
 
@@ -320,6 +321,7 @@ def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidat
         results.save_table(recipe.out, recipe.race.all_rungs(steps))
         plot_race(recipe.out, results.ranked())
         manifest(recipe.out)
+        unlock(recipe.out)
 
     on_rank_zero(finish)
 
