@@ -62,3 +62,12 @@ def test_a_command_of_the_readme_is_taken(command, monkeypatch):
 def test_every_ranking_has_its_command():
     words = {word for command in COMMANDS for word in command}
     assert words >= set(typing.get_args(LayerRanking)) - {"block_influence"}
+
+
+def test_the_chain_of_the_page_can_be_planned(tmp_path):
+    page = (ROOT / "docs" / "pruning.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "chain.yaml").write_text(text)
+    recipe = parse("chain", ["--config", str(tmp_path / "chain.yaml")])
+    steps = sys.modules["launch_chain"].plan(recipe, LLAMA_8B)
+    assert [(step.name, step.arch.hidden_size) for step in steps] == [("6b", 3584), ("4b", 3072)]
