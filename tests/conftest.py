@@ -1,5 +1,6 @@
 """Fixtures that every test sees."""
 
+import collections
 import gc
 
 import pytest
@@ -17,6 +18,14 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # modules stay: a collection otherwise takes 0.3 s to find that
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped, in a line for each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(report.longrepr[2] for report in skipped)
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} {reason.replace('Skipped: ', 'skipped: ')}")
 
 
 def pytest_unconfigure():

@@ -3,7 +3,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +110,7 @@ ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parents[1]),
     "OMP_NUM_THREADS": "1",
 }
+TIMEOUT_S = 240  # for what should take seconds, on a machine that is busy with something else
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -135,7 +135,7 @@ def start(*arguments: str, **options) -> subprocess.Popen:
 def call(*arguments: str) -> tuple[int, str, str]:
     process = start(*arguments)
     try:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its ranks
         raise
@@ -183,7 +183,7 @@ def test_an_interrupt_is_quiet(script):
     process = start(script, "--what", "sleep")
     assert process.stdout.readline() == "asleep\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, logged(err)) == (130, "at work\n")
 
 
@@ -192,7 +192,7 @@ def test_a_run_that_a_signal_stops_can_be_resumed(script, number):
     process = start(script, "--what", "step")
     assert process.stdout.readline().startswith("at a step: ")
     process.send_signal(number)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, logged(err)) == (75, "at work\n")
 
 
@@ -204,7 +204,7 @@ def test_a_signal_to_all_processes_ends_no_shielded_child(script, shield, outcom
     process = start(script, "--what", f"{shield} writing", start_new_session=True)
     assert process.stdout.readline() == "writing\n"
     os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, out) == (75, outcome)
 
 
@@ -212,7 +212,7 @@ def test_where_nothing_can_be_resumed_a_signal_ends_the_process(script):
     process = start(script, "--what", "sleep")
     assert process.stdout.readline() == "asleep\n"
     process.terminate()
-    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert process.wait(timeout=TIMEOUT_S) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -221,7 +221,7 @@ def test_a_closed_stdout_is_quiet(script, monkeypatch, unbuffered):
     process = start(script, "--what", "flood")
     assert process.stdout.readline() == "line\n"
     process.stdout.close()
-    assert process.wait(timeout=10) == 141
+    assert process.wait(timeout=TIMEOUT_S) == 141
     assert logged(process.stderr.read()) == "at work\n"
 
 
@@ -250,10 +250,9 @@ def test_a_mistake_is_printed_once_and_ends_all_ranks(script, what):
     assert "traceback : error: a=1 is wrong; give 2\n" in summary
 
 
-def test_a_mistake_on_one_rank_ends_ranks_that_no_signal_wakes(script):
-    begin = time.monotonic()
+def test_a_mistake_on_one_rank_ends_ranks_that_no_signal_wakes(script, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PET_SHUTDOWN_TIMEOUT", str(10 * TIMEOUT_S))  # until it kills
     status, _, err = call(*TORCHRUN, script, "--what", "mistake on one, the other blocked")
-    assert time.monotonic() - begin < 25  # torchrun kills after 30 s
     assert status != 0
     assert err.splitlines().count("error: a=1 is wrong; give 2") == 1
     assert "exitcode  : 2" in err.partition("Root Cause")[2]
@@ -278,7 +277,7 @@ def test_torchrun_tells_that_a_run_was_stopped(script):
     process = start(*TORCHRUN, script, "--what", "step")
     pids = [int(process.stdout.readline().removeprefix("at a step: ")) for _ in range(2)]
     os.kill(pids[0], signal.SIGUSR1)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
     assert re.search(r"Root Cause.*exitcode  : 75 ", err, re.DOTALL)
 

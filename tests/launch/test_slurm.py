@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.launcher import ROOT, TIMEOUT_S
+
 SLURM = ROOT / "launch" / "slurm"
 TEMPLATES = sorted(SLURM.glob("*.sbatch"))
 TURNS = SLURM / "correct_and_distill.sbatch"  # the one that runs several stages
@@ -114,7 +114,7 @@ def test_recipes_that_a_template_names_exist(template):
 
 def test_one_node(job):
     process = submit(job, "eval", "--data.path", "a file")
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     _, log, _ = job
     assert f"MINITRON_CACHE={job[0]}/.cache" in lines(log, "environment")  # seen by all nodes
@@ -135,7 +135,7 @@ def test_one_node(job):
 def test_two_nodes_meet_at_the_first(job):
     nodes = {"SLURM_JOB_NODELIST": "gpu[07-08]"}
     process = submit(job, "distill", "--config", "r.yaml", **nodes)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     _, log, _ = job
     assert "--nodes=2" in lines(log, "srun")
@@ -148,15 +148,15 @@ def test_two_nodes_meet_at_the_first(job):
 def test_ranks_follow_the_gpus_or_the_user(job):
     _, log, environment = job
     del environment["SLURM_GPUS_ON_NODE"]
-    submit(job, "prune").communicate(timeout=30)
+    submit(job, "prune").communicate(timeout=TIMEOUT_S)
     assert "--nproc-per-node=1" in lines(log, "torchrun")
-    submit(job, "prune", RANKS_PER_NODE="4").communicate(timeout=30)
+    submit(job, "prune", RANKS_PER_NODE="4").communicate(timeout=TIMEOUT_S)
     assert "--nproc-per-node=4" in lines(log, "torchrun")
 
 
 def test_ranks_import_the_checkout(job):
     checkout, log, _ = job
-    submit(job, "train").communicate(timeout=30)
+    submit(job, "train").communicate(timeout=TIMEOUT_S)
     environment = dict(line.partition("=")[::2] for line in lines(log, "environment"))
     assert environment["PYTHONPATH"] == str(checkout)
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -168,7 +168,7 @@ def test_container(job):
     (checkout / ".venv" / "bin" / "torchrun").rename(log.parent / "tools" / "torchrun")
     settings = {"MINITRON_IMAGE": "/images/minitron.sqsh", "MINITRON_MOUNTS": "/data:/data"}
     process = submit(job, "train", **settings)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     assert lines(log, "srun")[3:] == [
         "--container-image=/images/minitron.sqsh",
@@ -179,7 +179,7 @@ def test_container(job):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIMEOUT_S
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} did not appear"
         time.sleep(0.02)
@@ -190,7 +190,7 @@ def test_a_run_stopped_by_the_time_limit_is_requeued(job):
     process = submit(job, "train", FAKE_TORCHRUN="wait")
     wait_for(log / "waiting")
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert (log / "signalled").exists(), output
     assert lines(log, "requeued") == ["123456"]
     assert process.returncode == 0
@@ -201,7 +201,7 @@ def test_a_run_that_finishes_after_the_signal_is_not_requeued(job):
     process = submit(job, "train", FAKE_TORCHRUN="finish")
     wait_for(log / "waiting")
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=30)
+    process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0
     assert not (log / "requeued").exists()
 
@@ -210,7 +210,7 @@ def test_turns_run_one_stage_after_the_other(job):
     _, log, _ = job
     assert f"--job-name=minitron-{TURNS.stem}\n" in TURNS.read_text()
     process = submit(job, TURNS.stem, "3", "2", "out", "c.yaml", "d.yaml")
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     expected = [
         launched
@@ -231,7 +231,7 @@ def test_turns_stopped_by_the_time_limit_are_requeued(job, ending):
     process = submit(job, TURNS.stem, "3", "2", "out", "c.yaml", "d.yaml", FAKE_TORCHRUN=ending)
     wait_for(log / "waiting")
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert lines(log, "requeued") == ["123456"], output
     assert process.returncode == 0
     assert len(lines(log, "launches")) == 1  # the next turn is not begun
@@ -240,7 +240,7 @@ def test_turns_stopped_by_the_time_limit_are_requeued(job, ending):
 def test_turns_end_with_the_first_failure(job):
     _, log, _ = job
     process = submit(job, TURNS.stem, "3", "2", "out", "c.yaml", "d.yaml", FAKE_TORCHRUN="fail")
-    process.communicate(timeout=30)
+    process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 7
     assert len(lines(log, "launches")) == 1
     assert not (log / "requeued").exists()
@@ -249,7 +249,7 @@ def test_turns_end_with_the_first_failure(job):
 def test_a_failure_is_final(job):
     _, log, _ = job
     process = submit(job, "train", FAKE_TORCHRUN="fail")
-    process.communicate(timeout=30)
+    process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 7
     assert not (log / "requeued").exists()
 
@@ -258,14 +258,14 @@ def test_mistakes_are_one_line(job):
     checkout, _, environment = job
     (checkout / ".venv" / "bin" / "torchrun").unlink()
     process = submit(job, "train")
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 2
     assert re.fullmatch(r"error: MINITRON_IMAGE is not set and .*; run make setup\n", output)
 
     (checkout / "launch" / "train.py").unlink()
-    output, _ = submit(job, "train").communicate(timeout=30)
+    output, _ = submit(job, "train").communicate(timeout=TIMEOUT_S)
     assert re.fullmatch(r"error: no launch/train.py in .*submit from the checkout's root\n", output)
 
     del environment["SLURM_JOB_ID"], environment["SLURM_SUBMIT_DIR"]
-    output, _ = submit(job, "train").communicate(timeout=30)
+    output, _ = submit(job, "train").communicate(timeout=TIMEOUT_S)
     assert "submit this script with sbatch" in output
