@@ -17,12 +17,15 @@ from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
 from minitron.model import hf
 from minitron.prune.scores import save_scores
 from tests.launch.launcher import Launch
-from tests.launch.mistakes import DATA, INIT, MISTAKES, TRAIN, VOCAB
+from tests.launch.mistakes import DATA, INIT, OF_SETTINGS, TRAIN, VOCAB
+from tests.launch.mistakes_of_files import OF_FILES
 from tests.prune.scored import random_importance
 from tests.tiny import save_llama
 
 # isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+MISTAKES = OF_SETTINGS | OF_FILES
 
 
 def write_tokens(prefix, count, *, below=VOCAB):

@@ -17,7 +17,7 @@ from tests.distill.intermediate.one_step import (
     relative_error,
     train,
 )
-from tests.runs import SEQ_LENGTH, Run, load_tensors, run_on, write_tokens
+from tests.runs import SEQ_LENGTH, Run, load_tensors, run_on, step_records, write_tokens
 
 SIX_STEPS = replace(STEPS, steps=6)
 TOLERANCE = 5e-6  # relative, so that any two topologies agree to 1e-5
@@ -104,11 +104,6 @@ def finished(tmp_path_factory, dynamic):
         return directories[key]
 
     return finish
-
-
-def step_records(out):
-    records = read_metrics(out / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k not in runs.MEASURED} for r in records]
 
 
 @pytest.mark.parametrize(("topology", "precision"), [("dp2", "bf16"), ("tp2 pp2", "fp32")])
