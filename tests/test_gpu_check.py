@@ -51,3 +51,45 @@ def test_a_distillation_step_needs_what_is_said():
 def test_what_is_missing_is_named():
     assert gpu_check.missing(gpu_check.TRAINING) == []
     assert gpu_check.missing(["torch", "no-such-package"]) == ["no-such-package"]
+
+
+def python(code):
+    return gpu_check.Step(("-c", code))
+
+
+def test_a_failing_step_neither_ends_the_others_nor_passes_for_success(monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "BUILD", python("print('built')"))
+    steps = {
+        "tests": python("raise SystemExit(3)"),
+        "kernels": python("print('to {out}')"),
+        "distill": gpu_check.Step(("-c", "print('never')"), ("no-such-package",)),
+    }
+    assert not gpu_check.run(steps, "elsewhere", dict(os.environ))
+    said = capfd.readouterr().out
+    assert "to elsewhere" in said
+    assert "never\n" not in said
+    summary = said.partition("gpu-check:\n")[2].splitlines()
+    assert summary[1].startswith("  tests: failed with status 3, ")
+    assert summary[2].startswith("  kernels: ok, ")
+    assert summary[3] == "  distill: skipped, needs no-such-package"
+    del steps["tests"]
+    assert gpu_check.run(steps, "elsewhere", dict(os.environ))
+
+
+def test_nothing_runs_on_a_failed_build(monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "BUILD", python("raise SystemExit(1)"))
+    assert not gpu_check.run({"tests": python("print('never')")}, ".", dict(os.environ))
+    said = capfd.readouterr().out
+    assert "  tests: not run" in said
+    assert "never\n" not in said
+
+
+def test_an_image_does_not_lower_the_precision_of_references(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(gpu_check.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(gpu_check, "architecture", lambda: "90")
+    monkeypatch.setenv("CUDA_HOME", "/toolkit")
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    variables = gpu_check.environment()
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" not in variables
+    assert variables["MINITRON_CUDA_ARCHITECTURES"] == "90"

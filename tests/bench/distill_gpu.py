@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,11 +94,14 @@ attention once (the student's three times, the teacher's forward pass once); the
 
 {described}
 
+{table}
+"""
+
+_TABLE = """\
 | tokens/s | model TFLOP/s | matmul TFLOP/s | share | peak GB |
 |---|---|---|---|---|
 | {tokens_per_second:.0f} | {model_tflops:.0f} | {matmul_tflops:.0f} | {share_of_matmul:.0%} \
-| {peak_gb:.0f} |
-"""
+| {peak_gb:.0f} |"""
 
 
 def main() -> None:
@@ -107,10 +111,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a directory for the page and the JSON")
     options = parser.parse_args()
     machine = describe_machine("cuda", torch.get_num_threads(), options.rounds)
-    results = measure(PROBLEM, options.rounds)
+    results, failure = None, None
+    try:
+        results = measure(PROBLEM, options.rounds)
+        table = _TABLE.format(**results)
+    except torch.OutOfMemoryError as error:
+        failure = ". ".join(str(error).split(". ")[:2])  # without statistics and advice
+        table = f"**No result:** {failure}."
     described = ", ".join(f"{key} {value}" for key, value in machine.items())
-    page = _PAGE.format(described=described, **results)
-    write_results("distillation_gpu", page, {"machine": machine, "results": results}, options.out)
+    page = _PAGE.format(described=described, table=table)
+    content = {"machine": machine, "results": results, "failure": failure}
+    write_results("distillation_gpu", page, content, options.out)
+    if failure:
+        sys.exit(f"error: {failure}")
 
 
 if __name__ == "__main__":
