@@ -54,7 +54,10 @@ class PruningPlan:
         return [layer + 1 for layer in range(source.num_layers) if layer not in self.layers]
 
     def to_dict(self) -> dict[str, list | int | None]:
-        """The content of `pruning.json`: source positions from 0, null where all are kept."""
+        """The content of `pruning.json`: source positions from 0, null where all are kept.
+
+        `merge_sign` is that of `merged_heads`, null without them.
+        """
         rows = list(self.layers)
 
         def listed(positions: Tensor | None) -> list | None:
@@ -69,6 +72,7 @@ class PruningPlan:
             "query_groups": listed(None if width.groups is None else width.groups[rows]),
             "pooled_query_groups": width.pooled,
             "merged_heads": listed(None if width.partners is None else width.partners[rows]),
+            "merge_sign": None if width.partners is None else width.merge_sign,
         }
 
 

@@ -65,6 +65,7 @@ def test_heads_across_groups_equal_the_same_heads_alone(tmp_path):
     record = json.loads((tmp_path / "out" / PRUNING_FILE).read_text())
     assert record["heads"] == [[0, 1, 2, 3]] * 4
     assert record["query_groups"] == [[0, 0]] * 4
+    assert record["merged_heads"] is record["merge_sign"] is None
     for layer in range(4):
         output_heads(model, layer).data[:, 4:] = 0
     torch.testing.assert_close(logits(pruned), logits(model), rtol=1e-4, atol=1e-4)
@@ -77,6 +78,9 @@ def test_merged_heads_follow_the_formula(tmp_path, merge, sign):
     scores.heads[:] = torch.tensor([8.0, 7, 6, 5, 1, 3, 2, 4])
     keys = {"num_attention_heads": 4, "merge_heads": merge}
     pruned = prune(tmp_path / "model", tmp_path / "out", scores=scores, **keys)
+    record = json.loads((tmp_path / "out" / PRUNING_FILE).read_text())
+    assert record["merged_heads"] == [[3, 2, 6, 4]] * 4
+    assert record["merge_sign"] == sign
     for layer in range(4):
         q, k, v = attention(model, layer)
         heads, partners = [0, 1, 5, 7], [3, 2, 6, 4]  # best with worst, second with third
