@@ -47,10 +47,15 @@ def stored_scores(
         return None
     aggregation = selection.batch_aggregation, selection.sequence_aggregation
     scores = load_scores(scores_path).scores(*aggregation)
+    _check_directory(scores_path, model_dir)
+    return scores
+
+
+def _check_directory(scores_path: Path, model_dir: Path) -> None:
+    """Refuse scores or trials that have been altered, or are of another model."""
     directory = scores_path if scores_path.is_dir() else scores_path.parent
     on_rank_zero(lambda: artifact.verify(directory))
     check_origin(scores_path, model_dir)
-    return scores
 
 
 class LayerChoice:
@@ -62,7 +67,7 @@ class LayerChoice:
         scores_path: what launch/importance.py wrote; trials lie beside the scores.
 
     Raises:
-        MinitronError: the ranking needs trials, and there are none of this model.
+        MinitronError: the ranking needs trials, and there are none of this model, or damaged ones.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class LayerChoice:
                 "launch/importance.py wrote with --depth.layers, --depth.windows or --depth.greedy"
             )
         self._depth = load_depth(scores_path)
-        check_origin(scores_path, model_dir)
+        _check_directory(scores_path, model_dir)
 
     def drop_layers(self, count: int) -> tuple[int, ...] | None:
         """The `count` layers that trials rank lowest, from 1; None where scores rank them.
