@@ -64,7 +64,8 @@ class Recipe:
     precision: Precision = "fp32"
     """Precision of the measurement; the weights keep the dtype they have."""
     seed: int = 1234
-    """Of prune.method=random and of the check's random student or tokens."""
+    """Of prune.method=random and of the check's random tokens; the check's random student has the
+    next seed, so that it is never the same."""
 
 
 if __name__ == "__main__":
@@ -178,7 +179,7 @@ def _write(
     with publish(recipe.out, overwrite=recipe.overwrite) as directory:
         prune_model(recipe.model.path, directory, plan)
         if recipe.check.samples and check_data is not None:
-            chance = baseline_scores("random", source, seed=recipe.seed)
+            chance = baseline_scores("random", source, seed=recipe.seed + 1)
             losses = compare_losses(
                 recipe.model.path,
                 directory,

@@ -15,6 +15,7 @@ from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.llama import LlamaModel
+from minitron.prune.depth import Ablation, DepthScores, save_depth
 from minitron.prune.scores import save_scores
 from tests.launch.launcher import LAUNCH, launch
 from tests.prune.scored import random_importance
@@ -168,6 +169,16 @@ def test_losses_are_those_of_the_written_model_of_the_source_and_of_chance(tmp_p
     assert [row[-1] for row in rows] == [f"{loss:.4f}" for loss in losses.values()]
 
 
+def test_a_student_pruned_at_random_is_compared_with_another(tmp_path, model, prune):
+    save_llama(model, vocab_size=VOCAB)
+    prefix = write_tokens(tmp_path / "tokens", 4 * SEQ_LENGTH + 1)
+    data = ("--data.path", prefix, "--data.seq_length", SEQ_LENGTH, "--check.samples", 2)
+    sizes = ("--prune.method", "random", "--prune.ffn_hidden_size", 24, "--seed", 3)
+    prune("--model", model, *sizes, *data, "--out", tmp_path / "out")
+    losses = artifact.read_manifest(tmp_path / "out")["metrics"]["lm_loss"]
+    assert losses["student"] != losses["random"]
+
+
 def test_the_scores_know_the_data_of_the_check(tmp_path, scores, model, prune, capsys):
     """As long as it is there."""
     save_llama(model, vocab_size=VOCAB)
@@ -276,6 +287,20 @@ def test_damaged_scores(tmp_path, model, scores, prune):
     arguments = ("--model", model, "--prune.num_layers", 2, "--out", tmp_path / "out")
     with pytest.raises(MinitronError, match=r"scores.safetensors does not match its SHA-256"):
         prune(*arguments, "--scores", scores)
+
+
+def test_altered_trials(tmp_path, model, scores, prune):
+    """Where they alone are read: no width changes."""
+    taken = [Ablation(drop_layers=[layer], lm_loss=1.0, logit_distance=0.1) for layer in (2, 3)]
+    depth = DepthScores(samples=4, lm_loss=4.0, layers=taken, windows=[], greedy=[])
+    save_depth(scores, depth)
+    artifact.write_manifest(scores, stage="importance", recipe={}, parents={"model": model})
+    path = scores / "depth.json"
+    path.write_text(path.read_text().replace("1.0", "9.0", 1))
+    arguments = ("--model", model, "--scores", scores, "--out", tmp_path / "out")
+    with pytest.raises(MinitronError, match=r"depth.json does not match its SHA-256"):
+        prune(*arguments, "--prune.num_layers", 3, "--prune.layer_ranking", "lm_loss")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_directory_is_kept_unless_overwrite_is_given(tmp_path, model, prune):
