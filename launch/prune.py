@@ -77,7 +77,13 @@ from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.parallel import initialize, is_rank_zero, on_rank_zero, publish
 from minitron.prune.baselines import baseline_scores
-from minitron.prune.check import calibration_data, check_finite, compare_losses, losses_table
+from minitron.prune.check import (
+    calibration_data,
+    check_finite,
+    check_sizes,
+    compare_losses,
+    losses_table,
+)
 from minitron.prune.importance import measure_importance
 from minitron.prune.pruning import comparison, needs_scores, prune_model
 from minitron.prune.scores import ImportanceScores
@@ -93,6 +99,8 @@ def main(recipe: Recipe) -> None:
         initialize(recipe.parallel)  # the ranks share the tensors
     drop_layers = _drop_layers(recipe, source, target)
     check_data = _check_data(recipe)
+    if recipe.check.samples:
+        check_sizes(source, target, check_data, recipe.parallel)
     inputs = [recipe.model.path, recipe.scores.path]
     on_rank_zero(lambda: artifact.check_out(recipe.out, overwrite=recipe.overwrite, inputs=inputs))
     ranked = needs_scores(source, target, drop_layers)

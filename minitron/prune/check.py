@@ -49,6 +49,22 @@ def calibration_data(scores_path: Path) -> DataConfig | None:
     return DataConfig(path=data["path"], seq_length=data["seq_length"])
 
 
+def check_sizes(
+    source: Architecture, target: Architecture, data: DataConfig | None, parallel: ParallelConfig
+) -> None:
+    """Refuse what `compare_losses`, or without data `check_finite`, could not run; loads nothing.
+
+    Raises:
+        MinitronError: the ranks cannot share a model or a sample, or that is too long.
+    """
+    parallel = parallel.without_interleaving()
+    check_parallel(target, parallel)
+    if data is not None:
+        check_parallel(source, parallel)
+        parallel.check_seq_length(data.seq_length)
+        source.check_seq_length(data.seq_length)
+
+
 def compare_losses(
     source_dir: Path,
     student_dir: Path,
@@ -67,11 +83,8 @@ def compare_losses(
         MinitronError: the data cannot be read, the sizes do not divide, or the student's loss is
             not finite.
     """
-    parallel.check_seq_length(data.seq_length)
     arch, weights = open_model(source_dir)
-    arch.check_seq_length(data.seq_length)
     student_arch, student_weights = open_model(student_dir)
-    check_parallel(student_arch, parallel)
     tokenizer = find_tokenizer(source_dir)
     topology = initialize(parallel)
     prepared = on_rank_zero(lambda: prepare_data(data, tokenizer, vocab_size=arch.vocab_size))
@@ -109,7 +122,6 @@ def check_finite(
         MinitronError: the sizes do not divide, or the loss is not finite.
     """
     arch, weights = open_model(student_dir)
-    check_parallel(arch, parallel)
     topology = initialize(parallel)
     length = _RANDOM_TOKENS * topology.tp_size
     tokens = np.random.default_rng(seed).integers(arch.vocab_size, size=length + 1)

@@ -11,7 +11,7 @@ layers out (`minitron.prune.ablation`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -113,6 +113,37 @@ def layers_to_drop(block_influence: Tensor, num_layers: int) -> tuple[int, ...]:
     return tuple(layer + 1 for layer in range(total) if layer not in kept)
 
 
+def missing_trials(
+    ranking: LayerRanking,
+    count: int,
+    *,
+    layers: bool,
+    windows: Collection[int],
+    greedy: int,
+    tasks: bool,
+) -> str | None:
+    """The key of launch/importance.py that a ranking of layers still needs; None if it has all.
+
+    Args:
+        ranking: of layers.
+        count: layers to drop.
+        layers: whether each was, or will be, left out by itself.
+        windows: lengths of the runs of neighbours that were left out.
+        greedy: layers that the greedy search took.
+        tasks: whether trials were measured on tasks.
+    """
+    if ranking == "block_influence":
+        return None
+    if ranking == "greedy":
+        return None if greedy >= count else f"depth.greedy {count}"
+    tried, criterion = _TRIALS[ranking]
+    if tried == "layers" and not layers:
+        return "depth.layers"
+    if tried == "windows" and count not in windows:
+        return f"depth.windows {count}"
+    return "tasks.names" if criterion == "accuracy" and not tasks else None
+
+
 def ranked_layers(depth: DepthScores, ranking: LayerRanking, count: int) -> tuple[int, ...]:
     """The `count` layers to drop by trial, counted from 1.
 
@@ -122,26 +153,29 @@ def ranked_layers(depth: DepthScores, ranking: LayerRanking, count: int) -> tupl
     Raises:
         MinitronError: this was not tried.
     """
+    windows = depth.windows_by_length()
+    missing = missing_trials(
+        ranking,
+        count,
+        layers=bool(depth.layers),
+        windows=windows,
+        greedy=len(depth.greedy),
+        tasks=depth.accuracy is not None,
+    )
+    if missing:
+        raise MinitronError(
+            f"prune.layer_ranking={ranking} needs trials that these scores do not hold; run "
+            f"launch/importance.py with --{missing}"
+        )
     if ranking == "greedy":
-        option, trials = f"greedy {count}", depth.greedy[count - 1 : count]
+        trials = depth.greedy[count - 1 : count]
     else:
         tried, criterion = _TRIALS[ranking]
-        if criterion == "accuracy" and depth.accuracy is None:
-            raise MinitronError(
-                f"prune.layer_ranking={ranking} needs trials on tasks, which these scores do not "
-                "hold; run launch/importance.py with --tasks.names"
-            )
         if tried == "layers":
-            option, trials = "layers", by_cost(depth.layers, criterion)[:count]
+            trials = by_cost(depth.layers, criterion)[:count]
         else:
-            windows = depth.windows_by_length().get(count, [])
-            option, trials = f"windows {count}", by_cost(windows, criterion)[:1]
-    if trials:
-        return tuple(sorted(layer for trial in trials for layer in trial.drop_layers))
-    raise MinitronError(
-        f"prune.layer_ranking={ranking} needs trials that these scores do not hold; run "
-        f"launch/importance.py with --depth.{option}"
-    )
+            trials = by_cost(windows[count], criterion)[:1]
+    return tuple(sorted(layer for trial in trials for layer in trial.drop_layers))
 
 
 def save_depth(directory: Path, depth: DepthScores) -> None:

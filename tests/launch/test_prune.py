@@ -273,6 +273,25 @@ def test_pruning_without_scores_or_data(tmp_path, model, prune):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--parallel.tensor_model_parallel_size", 2),
+            "ffn_hidden_size=41 is not divisible by par",
+        ),
+        (("--data.path", "none", "--data.seq_length", 65), "data.seq_length=65 "),
+    ],
+)
+def test_what_the_check_could_not_run_is_not_sliced(
+    tmp_path, model, script, prune, monkeypatch, flags, message
+):
+    monkeypatch.setattr(script, "prune_model", None)
+    arguments = ("--model", model, "--prune.ffn_hidden_size", 41, "--prune.method", "first")
+    with pytest.raises(MinitronError, match=f"^{message}"):
+        prune(*arguments, *flags, "--out", tmp_path / "out")
+
+
 def test_scores_of_another_model(tmp_path, scores, prune):
     save_llama(tmp_path / "other", seed=1)
     arguments = ("--model", tmp_path / "other", "--prune.num_layers", 2, "--out", tmp_path / "out")
