@@ -75,23 +75,24 @@ from typing import Any
 
 from minitron import artifact, config, platform
 from minitron.data.batches import TrainBatches, open_train, prepare_data
-from minitron.data.tokenizer import find_tokenizer
+from minitron.data.tokenizer import Tokenizer, find_tokenizer
 from minitron.errors import MinitronError, saying
 from minitron.metrics import format_table, log
 from minitron.model import hf
 from minitron.model.arch import Architecture
 from minitron.model.llama import check_parallel
 from minitron.parallel import initialize, is_rank_zero, on_rank_zero, world
-from minitron.prune.target import target_shape
+from minitron.prune.check import check_sizes
+from minitron.prune.depth import missing_trials
+from minitron.prune.target import arithmetic, target_shape
 from minitron.report.table import count_text
 from minitron.search.space import Shape
-from minitron.train.run import recipe_changes
+from minitron.sections.prune import PruneConfig
+from minitron.train.made import count_complete
 
 PARTS = ("scores", "pruned", "distilled")
 """What launch/importance.py, launch/prune.py and launch/distill.py leave of a step."""
 _OWN_KEYS = ("model", "scores", "student", "out", "overwrite", "resume", "until_step")
-# What may be another without another result. Paths are compared by what they hold.
-_FREE_KEYS = ("model.path", "scores.path", "student.path", "teacher.path", "allow_change", "check")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,10 @@ def main(recipe: Recipe) -> None:
     def prepare() -> int:
         modes = {"overwrite": recipe.overwrite, "resume": recipe.resume}
         artifact.check_out(recipe.out, **modes, inputs=[recipe.model.path])
-        complete = check_complete(stages) if recipe.resume else 0
-        _check_inputs(stages[complete:], recipe.model.path, source)
+        tokenizer, size = find_tokenizer(recipe.model.path), source.vocab_size
+        recipes = [stage.recipe for stage in stages]
+        complete = count_complete(recipes, tokenizer, vocab_size=size) if recipe.resume else 0
+        _check_inputs(stages[complete:], tokenizer, vocab_size=size)
         if recipe.out.exists() and not recipe.resume:
             shutil.rmtree(recipe.out.resolve())
         artifact.create_directory(recipe.out.resolve())
@@ -199,36 +202,43 @@ def plan(recipe: Recipe, source: Architecture) -> list[Step]:
         with saying(f"steps.{name}"):
             step = config.build(StepConfig, tree if isinstance(tree, Mapping) else {"prune": tree})
             pruning = _build(recipe, step, "prune", {"model": str(model), "out": name})
-            rounds = pruning.prune.rounds
+            rounds, start = pruning.prune.rounds, arch
             for left in range(rounds, 0, -1):
                 title = name if rounds == 1 else f"{name}-{rounds - left + 1}"
                 if title in (earlier.name for earlier in steps):
                     raise MinitronError(f"there is a step {title} before; use another name")
-                steps.append(_step(recipe, step, title, model, arch, left))
-                model, arch = steps[-1].stages[-1].out, steps[-1].arch
+                if made := _step(recipe, step, title, model, arch, left):
+                    steps.append(made)
+                    model, arch = made.stages[-1].out, made.arch
+                elif rounds > 1:
+                    log(f"steps.{name}: round {rounds - left + 1} changes nothing, and is left out")
+            if arch == start:
+                sizes = "; ".join(arithmetic(pruning.prune, arch))
+                raise MinitronError(
+                    f"{_shape(arch)} is the shape of the model before"
+                    f"{f' ({sizes})' if sizes else ''}; give another"
+                )
     return steps
 
 
 def _step(
     recipe: Recipe, step: StepConfig, name: str, model: Path, arch: Architecture, rounds: int
-) -> Step:
-    """A step, or a round of one, from the model of the step before."""
+) -> Step | None:
+    """A step, or a round of one, from the model of the step before; None if that has its shape."""
     scores, pruned, distilled = (str(recipe.out / name / part) for part in PARTS)
     scoring = _build(recipe, step, "importance", {"model": str(model), "out": scores})
     reads = {"model": str(model), "scores": scores, "prune.rounds": rounds}
     pruning = _build(recipe, step, "prune", {**reads, "out": pruned})
     stages = [("importance", scoring), ("prune", pruning)]
-    target, ranking = target_shape(pruning.prune, arch), pruning.prune.layer_ranking
+    target = target_shape(pruning.prune, arch)
     if target == arch:
-        raise MinitronError(f"{_shape(target)} is the shape of the model before; give another")
-    if ranking != "block_influence" and scoring.depth.is_empty:
-        raise MinitronError(
-            f"prune.prune.layer_ranking={ranking} needs trials; give importance.depth.layers, "
-            "importance.depth.windows or importance.depth.greedy"
-        )
+        return None
+    _check_trials(scoring, pruning.prune, arch.num_layers - target.num_layers)
     scoring.depth.check(arch.num_layers)
     check_parallel(arch, scoring.parallel.without_interleaving())
     arch.check_seq_length(scoring.data.seq_length)
+    if pruning.check.samples:
+        check_sizes(arch, target, pruning.data or scoring.data, pruning.parallel)
     if step.distill is not None and (recipe.distill or step.distill):
         reads = {"student": pruned, "resume": True}
         learning = _build(recipe, step, "distill", {**reads, "out": distilled})
@@ -240,6 +250,25 @@ def _step(
         arch=target,
         stages=[Stage(step=name, script=script, recipe=each) for script, each in stages],
     )
+
+
+def _check_trials(scoring: Any, pruning: PruneConfig, count: int) -> None:
+    """Refuse a ranking of layers for which nothing will be tried."""
+    if not count or pruning.drop_layers:
+        return
+    missing = missing_trials(
+        pruning.layer_ranking,
+        count,
+        layers=scoring.depth.layers or scoring.depth.greedy > 0,
+        windows=scoring.depth.windows,
+        greedy=scoring.depth.greedy,
+        tasks=bool(scoring.tasks.names),
+    )
+    if missing:
+        raise MinitronError(
+            f"prune.prune.layer_ranking={pruning.layer_ranking} needs trials; give "
+            f"--importance.{missing}"
+        )
 
 
 def _build(recipe: Recipe, step: StepConfig, name: str, filled: Mapping[str, Any]) -> Any:
@@ -261,51 +290,18 @@ def _build(recipe: Recipe, step: StepConfig, name: str, filled: Mapping[str, Any
         return config.build(script(name).Recipe, shared, *sections, filled)
 
 
-def check_complete(stages: list[Stage]) -> int:
-    """How many stages are complete, each made as the recipe says, of what is there now.
-
-    Raises:
-        MinitronError: one was made otherwise, or of something else, or lacks those before it.
-    """
-    complete = 0
-    for number, stage in enumerate(stages):
-        if manifest := artifact.read_manifest(stage.out):
-            if complete < number:
-                raise MinitronError(
-                    f"{stage.out} is complete, but {stages[complete].out}, which it was made of, "
-                    "is not; restore that, or delete what follows from it"
-                )
-            _check_made(stage, manifest)
-            complete += 1
-    return complete
-
-
-def _check_made(stage: Stage, manifest: Mapping[str, Any]) -> None:
-    remedy = f"delete {stage.out} and what follows from it, or choose another --out"
-    if differing := recipe_changes(manifest["recipe"], stage.recipe, apart_from=_FREE_KEYS):
-        raise MinitronError(
-            f"{stage.out} is complete, and was made with another recipe: {'; '.join(differing)}; "
-            f"take the old values, {remedy}"
-        )
-    for role, parent in manifest["parents"].items():
-        path = getattr(stage.recipe, role).path
-        if path is not None and artifact.fingerprint(path) != parent["fingerprint"]:
-            raise MinitronError(
-                f"{stage.out} is complete, and was made of another {role} than {path} holds now; "
-                f"{remedy}"
-            )
-
-
-def _check_inputs(stages: list[Stage], model: Path, source: Architecture) -> None:
+def _check_inputs(stages: list[Stage], tokenizer: Tokenizer | None, *, vocab_size: int) -> None:
     """Refuse what a later stage would refuse; data that is text is tokenised now."""
-    tokenizer, (_, ranks) = find_tokenizer(model), world()
+    _, ranks = world()
+    earlier: set[Path] = set()
     for stage in stages:
         recipe = stage.recipe
         with saying(f"steps.{stage.step}: launch/{stage.script}.py"):
             if data := recipe.data:
-                data = prepare_data(data, tokenizer, vocab_size=source.vocab_size)
+                data = prepare_data(data, tokenizer, vocab_size=vocab_size)
             if stage.script == "distill":
-                config.check_paths(recipe.teacher, "teacher.")
+                if recipe.teacher.path not in earlier:
+                    config.check_paths(recipe.teacher, "teacher.")
                 TrainBatches(
                     open_train(data),
                     global_batch_size=recipe.train.global_batch_size,
@@ -314,6 +310,8 @@ def _check_inputs(stages: list[Stage], model: Path, source: Architecture) -> Non
                     data_parallel_size=recipe.parallel.data_parallel_size(ranks),
                     seed=recipe.seed,
                 )
+            if stage.script != "importance":
+                earlier.add(stage.out)
 
 
 def table(source: Architecture, steps: list[Step]) -> str:

@@ -21,6 +21,7 @@ import yaml
 
 from minitron import artifact, config, parallel
 from minitron.data.batches import EvalBatches, TrainBatches, open_train, open_windows, prepare_data
+from minitron.data.sampling import TokenWindows
 from minitron.data.tokenizer import Tokenizer
 from minitron.errors import MinitronError
 from minitron.metrics import log
@@ -158,13 +159,14 @@ def fingerprints(
 
     def find() -> dict[str, str]:
         found = {role: artifact.fingerprint(path) for role, path in models.items() if path}
-        return found | {
-            role: " ".join(f"{windows.stream.fingerprint:016x}" for windows in read)
-            for role, read in streams.items()
-            if read
-        }
+        return found | {role: content(read) for role, read in streams.items() if read}
 
     return parallel.on_rank_zero(find)
+
+
+def content(data: Sequence[TokenWindows]) -> str:
+    """What identifies token data, as a run's `inputs.json` has it."""
+    return " ".join(f"{windows.stream.fingerprint:016x}" for windows in data)
 
 
 def finish_run(

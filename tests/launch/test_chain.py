@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from minitron import artifact, config
 from minitron.errors import MinitronError
 from minitron.model import hf
+from minitron.train.made import count_complete
 from tests.harness import run_distributed
 from tests.launch.launcher import LAUNCH
 from tests.launch.search.searching import call
@@ -162,6 +163,40 @@ def test_keys_of_stages_may_be_given_on_the_command_line(root, tmp_path):
         MinitronError, match=r"^steps.mid: launch/distill.py: unknown key train.stepz"
     ):
         plan("--config", root / "chain.yaml", "--out", tmp_path, "--distill.train.stepz", 7)
+
+
+def test_a_round_that_rounds_to_no_change_is_left_out(root, tmp_path, caplog):
+    save_llama(tmp_path / "model", vocab_size=VOCAB, num_key_value_heads=8, num_hidden_layers=1)
+    small = {"prune": {"prune": {"num_query_groups": 2, "rounds": 4}}, "distill": None}
+    path = edited(root, tmp_path / "chain.yaml", steps={"small": small})
+    with caplog.at_level("INFO"):
+        steps = plan("--config", path, "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert [(step.name, step.arch.num_query_groups) for step in steps] == [
+        ("small-3", 4), ("small-4", 2),
+    ]  # fmt: skip
+    assert [record.getMessage() for record in caplog.records] == [
+        f"steps.small: round {number} changes nothing, and is left out" for number in (1, 2)
+    ]
+    scoring, pruning = (stage.recipe for stage in steps[0].stages)
+    assert (scoring.model.path, pruning.prune.rounds) == (tmp_path / "model", 2)
+
+
+@pytest.mark.parametrize(
+    ("ranking", "tried"),
+    [
+        ("block_influence", {}),
+        ("lm_loss", {"depth.greedy": 1}),  # the trials of its first step
+        ("window", {"depth.windows": [1, 2]}),
+        ("greedy", {"depth.greedy": 3}),
+        ("accuracy", {"depth.layers": True, "tasks.names": ["winogrande"]}),
+    ],
+)
+def test_a_ranking_needs_no_more_than_its_own_trials(root, tmp_path, ranking, tried):
+    deep = {"prune": {"prune.num_layers": 2, "prune.layer_ranking": ranking}, "importance": tried}
+    wide = {"prune": {"prune.hidden_size": 16, "prune.layer_ranking": "window"}}  # drops no layer
+    path = edited(root, tmp_path / "chain.yaml", steps={"deep": deep, "wide": wide})
+    steps = plan("--config", path, "--out", tmp_path / "out")
+    assert [step.arch.num_layers for step in steps] == [2, 2]
 
 
 class Stages:
@@ -321,12 +356,47 @@ def test_what_is_complete_has_to_follow_from_what_is_there(root, tmp_path, monke
             "steps.b: L4-h24-f40-n8-g2 is the shape of the model before; give another",
         ),
         (
+            {"steps": {"a": {"prune": {"prune": {
+                "ffn_hidden_size": 45, "multiple": 16, "rounds": 2
+            }}}}},
+            "steps.a: L4-h32-f48-n8-g2 is the shape of the model before (ffn_hidden_size: 48 to 45 "
+            "in 2 rounds, now 46 -> 48, a multiple of 16 = 16 x 1 ranks); give another",
+        ),
+        (
+            {"steps": {"a": {"distill": None, "prune": {"prune.ffn_hidden_size": 41}}},
+             "parallel": {"tensor_model_parallel_size": 2}},
+            "steps.a: ffn_hidden_size=41 is not divisible by parallel.tensor_model_parallel_size=2",
+        ),
+        (
+            {"steps": {"a": {"prune": {**MID, "data": {"path": ["there"], "seq_length": 4096}}}}},
+            "steps.a: data.seq_length=4096",
+        ),
+        (
             {"steps": {"a-1": {"prune": MID}, "a": {"prune": {"prune": {**SMALL, "rounds": 2}}}}},
             "steps.a: there is a step a-1 before; use another name",
         ),
         (
             {"steps": {"a": {"prune": {"prune.num_layers": 2, "prune.layer_ranking": "window"}}}},
-            "steps.a: prune.prune.layer_ranking=window needs trials; give importance.dep",
+            "steps.a: prune.prune.layer_ranking=window needs trials; give --importance.depth.windo",
+        ),
+        *(
+            (
+                {
+                    "steps": {"a": {
+                        "prune": {"prune.num_layers": 2, "prune.layer_ranking": ranking},
+                        "importance": tried,
+                    }}
+                },
+                f"steps.a: prune.prune.layer_ranking={ranking} needs trials; give --importance."
+                f"{missing}",
+            )
+            for ranking, tried, missing in (
+                ("window", {"depth": {"layers": True, "windows": [1, 3]}}, "depth.windows 2"),
+                ("lm_loss", {"depth.windows": [2]}, "depth.layers"),
+                ("greedy", {"depth": {"layers": True, "greedy": 1}}, "depth.greedy 2"),
+                ("accuracy", {"depth.layers": True}, "tasks.names"),
+                ("window_accuracy", {"depth.windows": [2]}, "tasks.names"),
+            )
         ),
         (
             {"steps": {"a": {"prune": {**MID, "prune.ffn_hidden_size": 41}}}, "parallel": {
@@ -367,3 +437,34 @@ def test_what_a_later_stage_lacks_is_told_before_the_first(
     with pytest.raises(MinitronError, match=f"^steps.mid: {message}"):
         stages.run("--config", root / "chain.yaml", *flags, "--out", out)
     assert (stages.started, out.exists()) == ([], False)
+
+
+def test_an_earlier_step_may_teach(root, tmp_path, monkeypatch):
+    stages, out = Stages(monkeypatch), tmp_path / "out"
+    steps = json.loads((root / "chain.yaml").read_text())["steps"]
+    steps["small"] = {"prune": {"prune.num_layers": 2}}
+    path = edited(root, tmp_path / "chain.yaml", steps=steps)
+    arguments = ("--config", path, "--out", out, "--steps.small.distill.teacher.path")
+    with pytest.raises(MinitronError, match=r"^steps.small: .*path .*/mid/scores does not exist"):
+        stages.run(*arguments, out / "mid/scores")
+    assert stages.run(*arguments, out / "mid/distilled")[-1] == "small/distilled"
+
+
+def test_other_content_of_data_is_refused(root, made):
+    steps = plan("--config", root / "chain.yaml", "--out", made)
+    recipes = [stage.recipe for step in steps for stage in step.stages]
+    file, remedy = root / "tokens.bin", "what follows from it, or choose another --out"
+    content = file.read_bytes()
+    assert count_complete(recipes, None, vocab_size=VOCAB) == len(recipes)
+    try:
+        file.write_bytes(content[2:] + content[:2])
+        for stage in (0, 2):  # of what both read, each keeps its own fingerprint
+            with pytest.raises(MinitronError) as caught:
+                count_complete([recipes[stage]], None, vocab_size=VOCAB)
+            out = recipes[stage].out
+            assert str(caught.value) == (
+                f"{out} is complete, and was made with another content of data.path={root}/tokens "
+                f"than there is now; delete {out} and {remedy}"
+            )
+    finally:
+        file.write_bytes(content)
