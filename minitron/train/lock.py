@@ -30,10 +30,12 @@ def lock(directory: Path) -> None:
     path = directory.resolve() / artifact.LOCK
     if path in _locks:
         return
-    file = path.open("a+")
     for waited_s in itertools.count():
+        file = path.open("a+")  # anew each time: the one before may have been unlinked
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         except BlockingIOError:
             file.seek(0)
             said = f"{directory} is being written by {file.read() or 'another process'}"
@@ -42,10 +44,11 @@ def lock(directory: Path) -> None:
             if not waited_s:
                 log(f"{said}; waits {_PATIENCE_S} s for its end")
             time.sleep(1)
+        except FileNotFoundError:
+            pass  # unlinked between the two lines
         except OSError:
             break
-        else:
-            break
+        file.close()
     file.truncate(0)
     file.write(f"process {os.getpid()} on {host.node()}")
     file.flush()

@@ -1,5 +1,6 @@
 """A run's directory: refused, replaced or taken over, and complete once it has a manifest."""
 
+import fcntl
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -152,6 +153,19 @@ def test_a_run_that_another_process_writes_is_left_alone(recipe, way, monkeypatc
     assert caplog.messages == [f"{said}waits 1 s for its end"]
     assert _files(recipe.out) == ["inputs.json", "recipe.yaml"]
     assert open_run(replace(recipe, **{way: True}), INPUTS)
+
+
+def test_a_lock_is_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """The writer who is waited for ends, and takes the file away."""
+    path = tmp_path / artifact.LOCK
+    with path.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(lock.time, "sleep", lambda _: (path.unlink(), other.close()))
+        lock.lock(tmp_path)
+    with path.open() as third, pytest.raises(BlockingIOError):
+        fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.unlock(tmp_path)
+    assert not path.exists()
 
 
 def test_resuming_what_was_never_begun_begins_it(recipe):
