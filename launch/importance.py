@@ -103,7 +103,7 @@ def main(recipe: Recipe) -> None:
 
     def write() -> None:
         with artifact.publish(recipe.out, overwrite=recipe.overwrite) as directory:
-            save_scores(directory, measured)
+            save_scores(directory, measured, model_dir=recipe.model.path, calibration=calibration)
             if depth is not None:
                 save_depth(directory, depth)
             save_depth_table(directory, measured.block_influence, depth)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,10 @@ from minitron.model.sharding import open_model
 from minitron.ops.activation_stats import activation_stats
 from minitron.ops.block_cosine import block_cosine
 from minitron.parallel import Topology, initialize, on_rank_zero
-from minitron.prune.scores import Importance, check_scores
+from minitron.prune.scores import Calibration, Importance, check_scores
 from minitron.sections.data import DataConfig
 from minitron.sections.parallel import ParallelConfig
 from minitron.sections.prune import ImportanceConfig, ScoringPrecision
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """What scores were measured on, for their manifest."""
-
-    samples: int
-    """Samples that went through the model."""
-    tokenizer: str | None
-    """Fingerprint of the model's tokenizer; None where it has none."""
-    data: dict[str, str]
-    """Fingerprint of each token file, by its path."""
 
 
 def measure_importance(

@@ -2,26 +2,28 @@
 
 A score file holds full, topology-free tensors of a whole model under all nine ways to aggregate
 activations, so one measurement serves every width, depth and aggregation, and pruning again needs
-no forward pass. Its manifest names the model it was measured on; scores of another model would
-prune at random and are refused.
+no forward pass. Its header names the model it was measured on, as does the manifest beside it;
+scores of another model would prune at random and are refused.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron import artifact
 from minitron.errors import MinitronError
-from minitron.metrics import log
 from minitron.model.arch import Architecture
 from minitron.sections.prune import Aggregation
 
 SCORES_FILE = "scores.safetensors"
+_MEASURED_ON = "measured_on"
+"""The one entry of its header's metadata: safetensors writes several in no certain order."""
 
 AGGREGATIONS: tuple[Aggregation, ...] = ("mean", "l2", "var")
 """How activations become one number, over the sequence and then over the samples: mean of absolute
@@ -81,14 +83,36 @@ class ImportanceScores:
     """[L] how far each layer turns the residual stream: 1 - cosine(input, output)."""
 
 
-def save_scores(directory: Path, importance: Importance) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What scores were measured on, beside the model."""
+
+    samples: int
+    """Samples that went through the model."""
+    tokenizer: str | None
+    """Fingerprint of the model's tokenizer; None where it has none."""
+    data: dict[str, str]
+    """Fingerprint of each token file, by its path."""
+
+
+def save_scores(
+    directory: Path, importance: Importance, *, model_dir: Path, calibration: Calibration
+) -> None:
     """Write `scores.safetensors` into an existing directory.
 
     Its tensors are the fields of `Importance`, and `hidden_total` for other readers of the file.
+    Its header has the fingerprints of what was measured, and on what, but no path: equal scores of
+    equal files are equal files, wherever these lie.
     """
+    measured_on = {
+        "model": artifact.fingerprint(model_dir),
+        "tokenizer": calibration.tokenizer,
+        "data": list(calibration.data.values()),
+        "samples": calibration.samples,
+    }
     tensors = {**vars(importance), "hidden_total": importance.hidden_total}
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, directory / SCORES_FILE)
+    save_file(tensors, directory / SCORES_FILE, {_MEASURED_ON: json.dumps(measured_on)})
 
 
 def load_scores(path: Path) -> Importance:
@@ -103,9 +127,7 @@ def load_scores(path: Path) -> Importance:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise MinitronError(
-            f"{file} is not a readable safetensors file ({error}); measure the scores again"
-        ) from None
+        raise _unreadable(file, error) from None
     tensors.pop("hidden_total", None)
     expected = [field.name for field in fields(Importance)]
     if sorted(tensors) != sorted(expected):
@@ -120,6 +142,12 @@ def load_scores(path: Path) -> Importance:
                 "measure the importance again"
             )
     return Importance(**{name: tensor.float() for name, tensor in tensors.items()})
+
+
+def _unreadable(file: Path, error: Exception) -> MinitronError:
+    return MinitronError(
+        f"{file} is not a readable safetensors file ({error}); measure the scores again"
+    )
 
 
 def check_scores(scores: ImportanceScores, arch: Architecture) -> None:
@@ -157,27 +185,44 @@ def check_scores(scores: ImportanceScores, arch: Architecture) -> None:
 
 
 def check_origin(scores_path: Path, model_dir: Path) -> None:
-    """Refuse scores whose manifest says that they were measured on another model.
+    """Refuse scores of another model: their manifest and the header of their file name theirs.
 
     Raises:
-        MinitronError: the fingerprints differ. Scores without a manifest pass, with a warning.
+        MinitronError: a fingerprint differs, or there is none.
     """
     directory = scores_path if scores_path.is_dir() else scores_path.parent
-    manifest = artifact.read_manifest(directory)
-    measured_on = (manifest or {}).get("parents", {}).get("model")
-    if measured_on is None:
-        log(
-            f"{directory} does not say which model its scores are of; if they are not of "
-            f"{model_dir}, they prune at random: keep their {artifact.MANIFEST} beside them"
-        )
-        return
-    fingerprint = artifact.fingerprint(model_dir)
-    if measured_on["fingerprint"] != fingerprint:
+    manifest = artifact.read_manifest(directory) or {}
+    measured_on = []
+    if parent := manifest.get("parents", {}).get("model"):
+        measured_on.append((parent["path"], parent["fingerprint"]))
+    if (named := _model_in_header(scores_path)) is not None:
+        measured_on.append(("another", named))
+    if not measured_on:
         raise MinitronError(
-            f"scores belong to another model: {scores_path} was measured on {measured_on['path']} "
-            f"({measured_on['fingerprint']}), not on {model_dir} ({fingerprint}); measure the "
-            "importance of this model"
+            f"{directory} does not say which model its scores are of; restore their "
+            f"{artifact.MANIFEST}, or measure the importance of {model_dir}"
         )
+    fingerprint = artifact.fingerprint(model_dir)
+    for path, other in measured_on:
+        if other != fingerprint:
+            raise MinitronError(
+                f"scores belong to another model: {scores_path} was measured on {path} "
+                f"({other}), not on {model_dir} ({fingerprint}); measure the importance of this "
+                "model"
+            )
+
+
+def _model_in_header(scores_path: Path) -> str | None:
+    """Fingerprint of the model that a score file says it is of, if there is a file and it does."""
+    file = scores_path / SCORES_FILE if scores_path.is_dir() else scores_path
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from None
+    return json.loads(metadata[_MEASURED_ON])["model"] if _MEASURED_ON in metadata else None
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:

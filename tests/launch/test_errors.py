@@ -14,12 +14,10 @@ from minitron import artifact
 from minitron.data.indexed import TokenStream
 from minitron.data.preprocess import preprocess
 from minitron.data.tokenizer import load_tokenizer, train_sentencepiece
-from minitron.model import hf
-from minitron.prune.scores import save_scores
 from tests.launch.launcher import Launch
 from tests.launch.mistakes import DATA, INIT, OF_SETTINGS, TRAIN, VOCAB
 from tests.launch.mistakes_of_files import OF_FILES
-from tests.prune.scored import random_importance
+from tests.prune.scored import save_random
 from tests.tiny import save_llama
 
 # isort: split
@@ -73,7 +71,7 @@ def world(tmp_path_factory, forked):
     os.truncate(root / "cut.bin", 500)
 
     (root / "scores").mkdir()
-    save_scores(root / "scores", random_importance(hf.read_architecture(root / "model")))
+    save_random(root / "scores", root / "model")
     artifact.write_manifest(
         root / "scores", stage="importance", recipe={}, parents={"model": root / "model"}
     )

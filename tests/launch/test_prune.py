@@ -16,9 +16,8 @@ from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.model.llama import LlamaModel
 from minitron.prune.depth import Ablation, DepthScores, save_depth
-from minitron.prune.scores import save_scores
 from tests.launch.launcher import LAUNCH, launch
-from tests.prune.scored import random_importance
+from tests.prune.scored import random_importance, save_random
 from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import logits, save_llama
 
@@ -55,7 +54,7 @@ def model(tmp_path):
 def scores(tmp_path, model):
     directory = tmp_path / "scores"
     directory.mkdir()
-    save_scores(directory, random_importance(hf.read_architecture(model)))
+    save_random(directory, model)
     artifact.write_manifest(directory, stage="importance", recipe={}, parents={"model": model})
     return directory
 
@@ -140,7 +139,7 @@ def test_measured_scores_are_used(tmp_path, model, script, prune, monkeypatch):
     assert artifact.read_manifest(tmp_path / "measured")["parents"].keys() == {"model"}
 
     (tmp_path / "scores").mkdir()
-    save_scores(tmp_path / "scores", measured)
+    save_random(tmp_path / "scores", model, measured)
     prune(*sizes, "--scores", tmp_path / "scores", *data, "--out", tmp_path / "stored")
     assert len(calls) == 1
     models = [LlamaForCausalLM.from_pretrained(tmp_path / d) for d in ("measured", "stored")]
@@ -182,6 +181,7 @@ def test_a_student_pruned_at_random_is_compared_with_another(tmp_path, model, pr
 def test_the_scores_know_the_data_of_the_check(tmp_path, scores, model, prune, capsys):
     """As long as it is there."""
     save_llama(model, vocab_size=VOCAB)
+    save_random(scores, model)
     prefix = write_tokens(tmp_path / "tokens", 5 * SEQ_LENGTH + 1)
     data = {"path": [str(prefix)], "seq_length": SEQ_LENGTH, "workers": 3}
     parents = {"model": model}

@@ -3,10 +3,8 @@
 import pytest
 
 from minitron import artifact
-from minitron.model import hf
-from minitron.prune.scores import save_scores
 from tests.launch.search.searching import call
-from tests.prune.scored import random_importance
+from tests.prune.scored import save_random
 from tests.runs import SEQ_LENGTH, VOCAB, write_tokens
 from tests.tiny import save_llama
 
@@ -18,7 +16,7 @@ def inputs(tmp_path_factory):
     model, scores = root / "model", root / "scores"
     save_llama(model, vocab_size=VOCAB)
     scores.mkdir()
-    save_scores(scores, random_importance(hf.read_architecture(model)))
+    save_random(scores, model)
     artifact.write_manifest(scores, stage="importance", recipe={}, parents={"model": model})
     write_tokens(root / "train", 23 * SEQ_LENGTH + 1)
     write_tokens(root / "valid", 6 * SEQ_LENGTH + 1, seed=1)

@@ -12,9 +12,8 @@ from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.model import hf
 from minitron.prune.depth import Ablation, DepthScores, save_depth
-from minitron.prune.scores import save_scores
 from tests.launch.search.searching import call, read
-from tests.prune.scored import random_importance
+from tests.prune.scored import random_importance, save_random
 from tests.runs import SEQ_LENGTH
 
 
@@ -35,7 +34,7 @@ def tried(inputs, tmp_path_factory):
     scores.mkdir()
     importance = random_importance(hf.read_architecture(model))
     importance.block_influence[:] = torch.arange(4.0)  # of which 1 and 2 would go
-    save_scores(scores, importance)
+    save_random(scores, model, importance)
     windows = [
         Ablation(drop_layers=[first, first + 1], lm_loss=loss, logit_distance=0.5)
         for first, loss in ((1, 6.0), (2, 5.0), (3, 7.0))
