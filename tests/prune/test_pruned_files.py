@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from minitron import artifact
 from minitron.errors import MinitronError
 from minitron.model import hf
-from minitron.model.weights import INDEX_FILE, SINGLE_FILE, WeightWriter
+from minitron.model.weights import INDEX_FILE, SINGLE_FILE, WeightReader, WeightWriter
 from minitron.prune import pruning
 from minitron.prune.pruning import PRUNING_FILE
 from tests.prune.pruned import ARCH, prune
@@ -105,6 +105,38 @@ def test_blocks_of_any_size_write_the_same(tmp_path, monkeypatch, keys, block_by
         monkeypatch.setattr(pruning, "BLOCK_BYTES", block_bytes)
     files = [(tmp_path / out / SINGLE_FILE).read_bytes() for out in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"hidden_size": 32, "ffn_hidden_size": 128},
+        {"num_layers": 2},
+        {"num_attention_heads": 8, "merge_heads": "plus"},
+        {"num_query_groups": 2, "group_reduction": "mean"},
+    ],
+    ids=["width", "depth", "merged heads", "averaged groups"],
+)
+def test_pruning_holds_blocks_and_no_tensor(tmp_path, monkeypatch, keys):
+    """A block of every second row and column spans some four times its size, by chance more."""
+    block = 1024
+    monkeypatch.setattr(pruning, "BLOCK_BYTES", block)
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "vocab_size": 512, "head_dim": 4}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    save_llama(tmp_path / "model", **sizes, **heads)
+    arch = hf.read_architecture(tmp_path / "model")
+    read, held = WeightReader.read, []
+
+    def watch(self, name, *index):
+        tensor = read(self, name, *index)
+        held.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(WeightReader, "read", watch)
+    prune(tmp_path / "model", tmp_path / "out", scores=random_scores(arch), **keys)
+    assert max(held) <= 8 * block
+    largest = max(info.num_bytes for info in hf.tensor_infos(arch, torch.float32).values())
+    assert largest > 100 * block
 
 
 def test_some_rows_may_be_zero(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.model import hf
 from minitron.model.weights import SINGLE_FILE
-from minitron.prune.pruning import plan_pruning
+from minitron.prune.pruning import PruningPlan, plan_pruning, prune_model
 from minitron.prune.target import target_shape
+from minitron.prune.width import WidthPlan
 from minitron.sections.prune import PruneConfig
 from tests.prune.pruned import ARCH, assert_same_model, best, prune
 from tests.prune.scored import random_scores
@@ -176,38 +177,32 @@ def test_positions_of_the_source_do_not_matter(tmp_path):
 
 @pytest.mark.parametrize("overrides", [VARIANTS["gqa"], VARIANTS["everything"]])
 def test_sorting_by_importance_leaves_the_function_as_it_was(tmp_path, overrides):
-    """Permuting every axis by its scores, best first, and its weights along, changes no logit."""
+    """Pruning to all of every axis, best first instead of in their order, changes no logit."""
     model = save_llama(tmp_path / "model", **overrides)
     arch = hf.read_architecture(tmp_path / "model")
     scores = random_scores(arch)
-    d, groups = arch.kv_channels, arch.num_query_groups
-
-    def channels(heads):
-        return (heads[:, None] * d + torch.arange(d)).flatten()
-
-    hidden = scores.hidden.sum(0).argsort(descending=True)
-    state = load_file(tmp_path / "model" / SINGLE_FILE)
-    axes = hf.tensor_axes(arch)
-    for name, tensor in state.items():
-        layer, _ = hf.split_layer_tensor(name)
-        if layer is None:
-            state[name] = tensor[..., hidden]
-            continue
-        group = scores.query_groups[layer].argsort(descending=True)
-        inside = scores.heads[layer].view(groups, -1).argsort(descending=True)
-        heads = (inside + torch.arange(groups)[:, None] * inside.shape[1])[group].flatten()
-        order = {
-            "hidden": hidden,
-            "ffn": scores.ffn[layer].argsort(descending=True),
-            "query": channels(heads),
-            "kv": channels(group),
-        }
-        for dim, axis in enumerate(axes[name]):
-            tensor = tensor.index_select(dim, order[axis])
-        state[name] = tensor.contiguous()
-    before = logits(model)
-    model.load_state_dict(state, strict=False)
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    groups = scores.query_groups.argsort(descending=True)  # [L, g]
+    inside = scores.heads.unflatten(1, (arch.num_query_groups, -1)).argsort(descending=True)
+    heads = inside + torch.arange(arch.num_query_groups)[:, None] * inside.shape[2]
+    heads = heads.gather(1, groups[:, :, None].expand_as(heads)).flatten(1)
+    width = WidthPlan(
+        hidden=scores.hidden.sum(0).argsort(descending=True),
+        ffn=scores.ffn.argsort(descending=True),
+        heads=heads,
+        groups=groups,
+        kv_channels=arch.kv_channels,
+    )
+    (tmp_path / "sorted").mkdir()
+    plan = PruningPlan(target=arch, layers=tuple(range(arch.num_layers)), width=width)
+    prune_model(tmp_path / "model", tmp_path / "sorted", plan)
+    found, report = LlamaForCausalLM.from_pretrained(
+        tmp_path / "sorted", output_loading_info=True, dtype="auto"
+    )
+    assert not any(report.values())
+    moved = found.state_dict()
+    matrices = {name: t for name, t in model.state_dict().items() if t.dim() == 2}
+    assert not any(torch.equal(moved[name], tensor) for name, tensor in matrices.items())
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_width_in_two_steps_equals_one_step(tmp_path):
