@@ -7,17 +7,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from minitron.data.indexed import TokenStream
 from minitron.errors import MinitronError
 from minitron.parallel import initialize
 from minitron.prune import importance
 from minitron.prune.importance import measure_importance, open_calibration
+from minitron.prune.scores import SCORES_FILE, Importance, save_scores
 from minitron.sections.data import DataConfig
 from minitron.sections.prune import ImportanceConfig
 from tests.runs import SEQ_LENGTH, VOCAB, run_on, write_tokens
 from tests.tiny import save_llama
 
+HOOKS = ("_see_norm", "_see_neurons", "_see_heads", "_see_layer", "_end_microbatch")
+HOST_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero")
 NUM_SAMPLES = 7
 # Over samples [mean, L2, variance] of [mean, L2, variance] over the sequence. What is squared once
 # more has twice the relative error, and no errors that cancel.
@@ -161,6 +165,18 @@ def test_in_fp64_scores_agree_to_the_last_bit(model, tokens, topology):
         torch.testing.assert_close(found[name], scores, rtol=2**-23, atol=0)
 
 
+def test_files_of_one_rank_and_of_two_hold_the_same(model, tokens, tmp_path):
+    """In fp64, all nine aggregations."""
+    stored = []
+    for topology in ("tp1", "tp2"):
+        ((scores, calibration), *_) = run_on(topology, _measure, model[0], tokens, 7, 2, "fp64")
+        save_scores(tmp_path, Importance(**scores), model_dir=model[0], calibration=calibration)
+        stored.append(load_file(tmp_path / SCORES_FILE))
+    assert stored[0].keys() == stored[1].keys()
+    for name, tensor in stored[0].items():
+        assert torch.equal(stored[1][name], tensor), name
+
+
 @pytest.mark.parametrize(
     ("topology", "precision"),
     [
@@ -234,6 +250,43 @@ def test_a_micro_batch_takes_at_most_one_collective_and_no_memory(model, tokens,
     few, many = (run_on(topology, _count, model[0], tokens, n)[0] for n in (2, 7))
     assert many[0] - few[0] == 5 * each
     assert many[1] == few[1]
+
+
+def _waits(parallel, directory, prefix):
+    """What hooks do that on a GPU would wait for it, and how often they are called."""
+    found, calls = [], []
+    model, batches, _ = open_calibration(
+        directory,
+        data=DataConfig(path=[str(prefix)], seq_length=SEQ_LENGTH),
+        importance=ImportanceConfig(),
+        topology=initialize(parallel),
+        precision="fp32",
+    )
+
+    def watched(name):
+        hook = getattr(importance._Collector, name)
+
+        def call(*args):
+            calls.append(name)
+            with pytest.MonkeyPatch.context() as patch:
+                for read in HOST_READS:
+                    patch.setattr(torch.Tensor, read, lambda *_, read=read: found.append(read))
+                return hook(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in HOOKS:
+            patch.setattr(importance._Collector, name, watched(name))
+        importance.collect_importance(model, batches)
+    return found, {name: calls.count(name) for name in HOOKS}
+
+
+@pytest.mark.parametrize("topology", ["tp1", "tp4+sp"])
+def test_hooks_read_nothing_on_the_host(model, tokens, topology):
+    found, calls = run_on(topology, _waits, model[0], tokens)[0]
+    assert found == []
+    assert list(calls.values()) == [2 * 4 * 7, 4 * 7, 4 * 7, 4 * 7, 7]
 
 
 @pytest.mark.parametrize("name", ["samples", "micro_batch_size"])
