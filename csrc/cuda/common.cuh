@@ -276,14 +276,25 @@ struct Launch {
 // Shared memory of which a kernel need not say beforehand that it wants it.
 constexpr size_t kUnaskedBytes = 48 << 10;
 
+// Lets blocks of the kernel have as much shared memory as the device offers, and says how much that
+// is. Never less: another thread of the host may be about to launch the same kernel.
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel* kernel, int& most) {
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
                    const Arguments&... arguments) {
     if (grid.blocks == 0) return cudaSuccess;
     if (grid.shared_bytes > kUnaskedBytes) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes));
+        int most;
+        const cudaError_t error = allow_shared_memory(kernel, most);
         if (error != cudaSuccess) return error;
     }
     const Launch launch(grid, stream);

@@ -229,21 +229,20 @@ cudaError_t specialise(const LogitKLArguments& args, const F& f) {
 
 int64_t element_bytes(const LogitRows& rows) { return rows.dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// How the row-resident kernel would run: without blocks where it cannot.
+// How the row-resident kernel would run: without blocks where it cannot, for whatever reason, since
+// the fused kernel needs none of what it asks for.
 template <typename Kernel>
-cudaError_t resident_grid(Kernel* kernel, const LogitKLArguments& args, int64_t tokens,
-                          void* stream, Grid& grid) {
-    grid = {};
-    if (tokens == 0) return cudaSuccess;
+Grid resident_grid(Kernel* kernel, const LogitKLArguments& args, int64_t tokens, void* stream) {
+    const auto possible = [](cudaError_t error) {
+        if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed for it
+        return error == cudaSuccess;
+    };
     cudaFuncAttributes attributes;
-    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
-    int device, limit;
-    error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
-
+    int limit;
+    if (tokens == 0 || !possible(cudaFuncGetAttributes(&attributes, kernel)) ||
+        attributes.ptxVersion < 90 || !possible(allow_shared_memory(kernel, limit))) {
+        return {};
+    }
     constexpr int kMostBlocks = 8;  // that every GPU with clusters offers
     const int64_t packs = (args.columns + kWidth - 1) / kWidth;
     const auto bytes = [&](int64_t cluster) {
@@ -252,17 +251,16 @@ cudaError_t resident_grid(Kernel* kernel, const LogitKLArguments& args, int64_t 
     };
     int cluster = 1;  // two blocks to a multiprocessor, so that one loads while the other stores
     while (cluster < kMostBlocks && bytes(cluster) > limit / 2 - 1024) cluster *= 2;
-    if (bytes(cluster) > limit) return cudaSuccess;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    if (error != cudaSuccess) return error;
+    if (bytes(cluster) > limit) return {};
 
     const Grid wanted = {tokens * cluster, threads_for(args.columns / cluster),
                          static_cast<size_t>(bytes(cluster)), cluster};
     const Launch attempt(wanted, stream);
     int fit = 0;
-    error = cudaOccupancyMaxActiveClusters(&fit, kernel, &attempt.config);
-    if (error == cudaSuccess && fit > 0) grid = wanted;
-    return error;
+    if (!possible(cudaOccupancyMaxActiveClusters(&fit, kernel, &attempt.config)) || fit == 0) {
+        return {};
+    }
+    return wanted;
 }
 
 Grid row_grid(const LogitKLArguments& args, int64_t tokens) {
@@ -302,9 +300,7 @@ const char* logit_kl_fused(const LogitKLArguments& args, const LogitKLGradient& 
     return message(specialise(args, [&](auto all, auto student, auto teacher) {
         auto* const out = reinterpret_cast<KLStatistics*>(statistics);
         const auto resident = resident_kernel<all, decltype(student), decltype(teacher)>;
-        Grid grid;
-        const cudaError_t error = resident_grid(resident, args, gradient.tokens, stream, grid);
-        if (error != cudaSuccess) return error;
+        const Grid grid = resident_grid(resident, args, gradient.tokens, stream);
         if (grid.blocks > 0) return launch(resident, grid, stream, args, gradient, out);
         return launch(fused_kernel<all, decltype(student), decltype(teacher)>,
                       row_grid(args, gradient.tokens), stream, args, gradient, out);

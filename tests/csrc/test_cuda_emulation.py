@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 EMULATION = building.ROOT / "tests/csrc/emulation"
 OPS = (
-    *("logit_kl", "losses", "cross_entropy", "linear_kl", "objectives", "sparse_kl"),
+    *("logit_kl", "long_rows", "losses", "cross_entropy", "linear_kl", "objectives", "sparse_kl"),
     *("top_tokens", "masks", "activation_stats", "block_cosine"),
 )
 STREAM = """#pragma once
@@ -68,8 +68,14 @@ def test_ops(emulated):
 @pytest.mark.parametrize("shared_bytes", [40000, 12000, 2000], ids=["2 and 4", "8", "none"])
 def test_clusters(emulated, shared_bytes):
     """Rows that only so many blocks together can hold, or that stay where they are."""
-    selected = "fused or dead_logits or kernels_equal"
+    selected = "fused or dead_logits or kernels_equal or many_blocks"
     run(emulated, "-k", selected, EMULATED_SHARED_BYTES=str(shared_bytes))
+
+
+@pytest.mark.parametrize("why", ["error", "none fits"])
+def test_a_device_that_refuses_clusters(emulated, why):
+    selected = "many_blocks or test_kernels_equal"
+    run(emulated, "-k", selected, EMULATED_SHARED_BYTES="12000", EMULATED_WITHOUT_CLUSTERS=why)
 
 
 def test_the_last_thread_first(emulated):

@@ -22,6 +22,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <string_view>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -82,7 +83,8 @@ struct Barrier {
 
 class Block {
   public:
-    Block(Cluster& cluster, int rank, int threads) : cluster(cluster), rank(rank), threads(threads) {
+    Block(Cluster& cluster, int rank, int threads)
+        : cluster(cluster), rank(rank), threads(threads) {
         cluster.shared[rank] = minitron_shared_memory;
         std::memset(minitron_shared_memory, 0xff, sizeof(minitron_shared_memory));
     }
@@ -267,10 +269,14 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
     return cudaSuccess;
 }
 
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// EMULATED_WITHOUT_CLUSTERS is a device that cannot tell, or on which none fits.
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
-    *clusters = 1;
-    return cudaSuccess;
+    const char* without = std::getenv("EMULATED_WITHOUT_CLUSTERS");
+    *clusters = without ? 0 : 1;
+    return without && std::string_view(without) == "error" ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
