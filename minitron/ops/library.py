@@ -1,8 +1,9 @@
 """Registers the package's tensor ops with torch; the extension, where built, runs them.
 
 Each op's file states the op once: schema, PyTorch reference, shapes, gradient. The reference serves
-every device and dtype for which the extension `minitron._C` has no kernel. An op is given process
-groups by name, as torch's functional collectives are, so that torch.compile takes it as it is.
+every device and dtype for which the extension `minitron._C` has no kernel, and all of them where
+that is missing or does not load, of which one warning tells. An op is given process groups by name,
+as torch's functional collectives are, so that torch.compile takes it as it is.
 """
 
 from __future__ import annotations
@@ -15,10 +16,20 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("minitron", "DEF")
-extension_built = importlib.util.find_spec("minitron._C") is not None
-kernel_devices: tuple[str, ...] = ()
-if extension_built:
-    kernel_devices = importlib.import_module("minitron._C").build_information()["devices"]
+
+
+def _load() -> tuple[tuple[str, ...], str]:
+    """The devices that the extension has kernels for; without it none, and what is wrong."""
+    if importlib.util.find_spec("minitron._C") is None:
+        return (), "is not built"
+    try:
+        return importlib.import_module("minitron._C").build_information()["devices"], ""
+    except ImportError as error:  # as where it was built for another torch
+        return (), f"does not load ({' '.join(str(error).split())})"
+
+
+kernel_devices, _lack = _load()
+extension_built = not _lack
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _noticed = False
 _logger = logging.getLogger("minitron")  # that of minitron.metrics, without what that imports
@@ -122,8 +133,8 @@ def _notice(device: str) -> None:
     if _noticed or device in kernel_devices:
         return
     _noticed = True
-    _logger.info(
+    _logger.warning(
         "minitron._C was built without CUDA: on a GPU, ops run in PyTorch (set CUDA_HOME)"
         if kernel_devices
-        else "minitron._C is not built: ops run in PyTorch (`make setup` builds it)"
+        else f"minitron._C {_lack}: ops run in PyTorch (`make setup` builds it)"
     )
