@@ -21,7 +21,7 @@ def shard(logits: Tensor, rank: int, size: int) -> tuple[Tensor, int]:
     """This rank's columns with garbage in the padding, and how many are valid."""
     vocabulary = logits.size(-1)
     width = -(-vocabulary // size) + 13
-    padded = torch.full((*logits.shape[:-1], width * size), 50.0, dtype=logits.dtype)
+    padded = logits.new_full((*logits.shape[:-1], width * size), 50.0)
     padded[..., :vocabulary] = logits
     start = rank * width
     return padded[..., start : start + width].clone(), min(max(vocabulary - start, 0), width)

@@ -22,7 +22,7 @@ VOCAB = 301
 EVERY = pytest.mark.parametrize("name", list(OBJECTIVES))
 
 
-def _inputs(seed, dtype, *, impossible="", vocabulary=VOCAB):
+def _inputs(seed, dtype, *, impossible="", vocabulary=VOCAB, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randn, S, B, vocabulary, generator=generator)
     student, teacher = 2 * draw() + 300, 2 * draw() - 300
@@ -35,7 +35,8 @@ def _inputs(seed, dtype, *, impossible="", vocabulary=VOCAB):
         student[0, :, 80:180] = teacher[0, :, 80:180] = -torch.inf  # all columns of a rank of four
     mask = (torch.rand(S, B, generator=generator) < 0.7).float()
     upstream = torch.rand(S, B, generator=generator, dtype=torch.float64)
-    return student.to(dtype), teacher.to(dtype), mask, upstream
+    inputs = (student.to(dtype), teacher.to(dtype), mask, upstream)
+    return tuple(tensor.to(device) for tensor in inputs)
 
 
 def _expected(name, temperature, student, teacher, mask, upstream):
@@ -75,16 +76,16 @@ def _on_rank(seed, dtype, temperature, impossible):
 @DTYPES
 @EVERY
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-def test_loss_and_gradient(name, dtype, temperature, seed):
-    inputs = _inputs(seed, dtype)
+def test_loss_and_gradient(name, dtype, temperature, device, seed):
+    inputs = _inputs(seed, dtype, device=device)
     expected = _expected(name, temperature, *inputs)
     check([_run(0, 1, None, name, temperature, *inputs)], *expected, dtype)
 
 
 @DTYPES
 @EVERY
-def test_a_vocabulary_of_many_tiles(name, dtype, seed):
-    inputs = _inputs(seed, dtype, vocabulary=9001)
+def test_a_vocabulary_of_many_tiles(name, dtype, device, seed):
+    inputs = _inputs(seed, dtype, vocabulary=9001, device=device)
     expected = _expected(name, 1.7, *inputs)
     check([_run(0, 1, None, name, 1.7, *inputs)], *expected, dtype)
 
@@ -106,8 +107,8 @@ def test_loss_and_gradient_of_a_sharded_vocabulary(dtype, world_size, impossible
 
 @DTYPES
 @EVERY
-def test_impossible_tokens(name, dtype, seed):
-    inputs = _inputs(seed, dtype, impossible=name)
+def test_impossible_tokens(name, dtype, device, seed):
+    inputs = _inputs(seed, dtype, impossible=name, device=device)
     expected = _expected(name, 1.3, *inputs)
     assert torch.isfinite(expected[0]).all()
     check([_run(0, 1, None, name, 1.3, *inputs)], *expected, dtype)
@@ -117,13 +118,13 @@ def test_impossible_tokens(name, dtype, seed):
 @EVERY
 @pytest.mark.parametrize("column", [0, 137, VOCAB - 1])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_nan_among_the_logits_shows(name, dtype, column, whose, seed):
-    student, teacher, *rest = _inputs(seed, dtype)
+def test_a_nan_among_the_logits_shows(name, dtype, column, whose, device, seed):
+    student, teacher, *rest = _inputs(seed, dtype, device=device)
     mask, upstream = torch.ones_like(rest[0]), rest[1]
     clean, clean_grad, _ = _run(0, 1, None, name, 1.3, student, teacher, mask, upstream)
     {"student": student, "teacher": teacher}[whose][2, 1, column] = torch.nan
     loss, grad, valid = _run(0, 1, None, name, 1.3, student, teacher, mask, upstream)
-    hit = torch.zeros(S, B, dtype=torch.bool)
+    hit = torch.zeros(S, B, dtype=torch.bool, device=device)
     hit[2, 1] = True
     assert torch.equal(loss.isnan(), hit)
     assert torch.equal(grad[..., :valid].isnan().any(-1), hit)
