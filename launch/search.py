@@ -202,16 +202,20 @@ def main(recipe: Recipe) -> None:
     check_weights(teacher.model, recipe.model.path)
 
     def save() -> None:
-        on_rank_zero(lambda: results.save(recipe.out))
+        def write() -> None:
+            plot_race(recipe.out, results.ranked())
+            results.save(recipe.out, rungs)
+
+        on_rank_zero(write)
 
     if results.source_loss is None:
         results.source_loss = trials.loss([teacher.model])
         if not recipe.model.allow_untrained:
             check_trained(results.source_loss, source, "--model.allow_untrained")
-        save()
+    save()
     _measure_pruned(results, trials, save)
     best = _race(recipe, results, trials, LogitDistillation(teacher, recipe.distill), save)
-    _write_best(recipe, results, trials, best)
+    _write_best(recipe, results, trials, best, save)
     if is_rank_zero():
         print(results.table(rungs), flush=True)
         print(f"\n{_advice(recipe, source, best)}\nwrote {recipe.out}", flush=True)
@@ -286,8 +290,10 @@ def _race(
     return results.candidate(name)
 
 
-def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidate) -> None:
-    """Write the winner's model, the table and the plot, and last the manifest."""
+def _write_best(
+    recipe: Recipe, results: Results, trials: Trials, best: Candidate, save: Callable[[], None]
+) -> None:
+    """Write the winner's model, its name, and last the manifest."""
     steps, arch, loss = recipe.train.steps, best.shape.arch, best.losses[recipe.train.steps]
     parents = {"model": recipe.model.path, "scores": recipe.scores.path}
     assert recipe.data is not None, "the recipe has checked"
@@ -314,12 +320,10 @@ def _write_best(recipe: Recipe, results: Results, trials: Trials, best: Candidat
             trials.save(best.name, arch, steps, partial)
             on_rank_zero(lambda: manifest(partial))
         results.best = best.name
-        on_rank_zero(lambda: results.save(recipe.out))
+        save()
     trials.drop_checkpoints(best.name)
 
     def finish() -> None:
-        results.save_table(recipe.out, recipe.race.all_rungs(steps))
-        plot_race(recipe.out, results.ranked())
         manifest(recipe.out)
         unlock(recipe.out)
 

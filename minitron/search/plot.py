@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,21 +24,31 @@ def ranks(candidates: Sequence[Candidate]) -> dict[str, dict[int, int]]:
     return by_name
 
 
+@functools.cache  # once, however often the plot is wanted
+def _say_missing() -> None:
+    log(f"{PLOT_FILE} is not drawn: matplotlib is not installed")
+
+
 def plot_race(directory: Path, candidates: Sequence[Candidate]) -> None:
-    """Write `ranking.svg`, candidates in the order given, the best first; needs matplotlib."""
+    """Write `ranking.svg`, candidates in the order given, the best first; needs matplotlib.
+
+    Before anybody has raced there is nothing to draw.
+    """
+    racers = [candidate for candidate in candidates if candidate.losses]
+    if not racers:
+        return
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
     except ImportError:
-        log(f"{PLOT_FILE} is not drawn: matplotlib is not installed")
+        _say_missing()
         return
-    racers = [candidate for candidate in candidates if candidate.losses]
     legend_rows = -(-len(racers) // 2)
     figure = Figure(figsize=(9, 4 + 0.17 * legend_rows), layout="constrained")
     loss_axes, rank_axes = figure.subplots(1, 2)
     places = ranks(racers)
-    last = max((max(candidate.losses) for candidate in racers), default=0)
+    last = max(max(candidate.losses) for candidate in racers)
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, candidate in enumerate(racers):
         look = {"color": colors[number % 10], "marker": "os^Dv"[number // 10 % 5], "markersize": 4}

@@ -1,8 +1,9 @@
 """Successive halving: train all a little, keep the better ones, train those on.
 
 A shape's loss right after pruning says little about its loss after distillation, and the ranking
-goes on changing for some hundred steps. So nobody is judged at once: at every rung the worse part
-drops out, and what it would have cost to train goes to the better part. An entrant whose loss is
+goes on changing for some hundred steps. So entrants are judged little by little: at every rung the
+worse part drops out, and what it would have cost to train goes to the better part. A rung before
+the ranking has settled saves most, and may drop who would have won. An entrant whose loss is
 infinite has diverged and drops out too; the race goes on without it.
 
 The race knows neither models nor files. It asks for the loss of an entrant at a step; who answers

@@ -2,7 +2,7 @@
 
 The file is written anew after every measurement, complete or not at all. It says for every shape
 what it costs, its loss right after pruning and, for those that raced, its validation losses by
-step. `search.md` is the same as a table, best first.
+step. `search.md`, written with it, is the same as a table, best first.
 """
 
 from __future__ import annotations
@@ -58,11 +58,9 @@ class Candidate:
         pruned = float("inf") if self.pruned_loss is None else self.pruned_loss
         return (self.diverged is not None, -steps, self.losses.get(steps, 0.0), pruned)
 
-    def loss_text(self, step: int) -> str:
+    def loss_at(self, step: int) -> float | str | None:
         """What the table says of it at a rung."""
-        if step == self.diverged:
-            return "diverged"
-        return _loss_text(self.losses.get(step))
+        return "diverged" if step == self.diverged else self.losses.get(step)
 
     def to_dict(self) -> dict[str, Any]:
         """What `search.json` says of it."""
@@ -94,8 +92,12 @@ class Results:
         """The candidates, best first."""
         return sorted(self.candidates, key=lambda candidate: candidate.place)
 
-    def save(self, directory: Path) -> None:
-        """Write `search.json`."""
+    def save(self, directory: Path, rungs: Sequence[int]) -> None:
+        """Write `search.md`, with a column for each rung, and `search.json`."""
+        text = f"{metrics.format_markdown(*self._table(rungs))}\n\n{self._note()}\n"
+        temporary = directory / f".{TABLE_FILE}.partial"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, directory / TABLE_FILE)
         source = {size: getattr(self.source, size) for size in SIZES}
         content = {
             "source": {**source, "params": self.source.num_parameters, "loss": self.source_loss},
@@ -104,34 +106,24 @@ class Results:
         }
         artifact.write_json(directory / RESULTS_FILE, content)
 
-    def save_table(self, directory: Path, rungs: Sequence[int]) -> None:
-        """Write `search.md`."""
-        headers, rows = self._table(rungs)
-        lines = [headers, ["--:"] * len(headers), *rows]
-        lines[1][1] = ":--"
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        temporary = directory / f".{TABLE_FILE}.partial"
-        temporary.write_text(f"{text}\n\n{self._note()}\n", encoding="utf-8")
-        os.replace(temporary, directory / TABLE_FILE)
-
     def table(self, rungs: Sequence[int]) -> str:
         """The table for a terminal."""
         return f"{metrics.format_table(*self._table(rungs))}\n\n{self._note()}"
 
-    def _table(self, rungs: Sequence[int]) -> tuple[list[str], list[list[str]]]:
+    def _table(self, rungs: Sequence[int]) -> tuple[list[str], list[list[Any]]]:
         costs = list(self.candidates[0].shape.costs)
         headers = ["rank", "shape", *(_TITLES[name] for name in costs)]
         headers += ["pruned"] * self._is_measured + [f"step {rung}" for rung in rungs]
         rows = []
         for rank, candidate in enumerate(self.ranked(), start=1):
-            losses = [_loss_text(candidate.pruned_loss)] * self._is_measured
+            losses = [candidate.pruned_loss] * self._is_measured
             rows.append(
                 [
-                    str(rank),
+                    rank,
                     candidate.name,
                     *(_cost_text(name, candidate.shape.costs[name]) for name in costs),
                     *losses,
-                    *map(candidate.loss_text, rungs),
+                    *map(candidate.loss_at, rungs),
                 ]
             )
         return headers, rows
@@ -186,10 +178,6 @@ def _candidate(source: Architecture, values: dict[str, Any]) -> Candidate:
         losses={int(step): loss for step, loss in values["losses"].items()},
         diverged=values.get("diverged"),
     )
-
-
-def _loss_text(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _cost_text(name: str, cost: float) -> str:

@@ -36,7 +36,7 @@ def results():
 def test_what_is_written_is_read_again(tmp_path, results):
     assert load_results(tmp_path, LLAMA_8B) is None
     results.best = results.candidates[1].name
-    results.save(tmp_path)
+    results.save(tmp_path, [10, 20])
     assert load_results(tmp_path, LLAMA_8B) == results
     first = json.loads((tmp_path / "search.json").read_text())["candidates"][0]
     assert first == {
@@ -72,17 +72,16 @@ def test_who_diverged_ranks_last(tmp_path, results):
     leader = results.candidates[1]
     del leader.losses[20]
     leader.diverged = 20
-    results.save(tmp_path)
+    results.save(tmp_path, [10, 20, 40])
     assert load_results(tmp_path, LLAMA_8B) == results
     assert [c.shape.arch.num_layers for c in results.ranked()] == [32, 16, 24]
-    results.save_table(tmp_path, [10, 20, 40])
     lines = (tmp_path / "search.md").read_text().splitlines()
     assert lines[2].endswith("| 3.0000 | 2.0000 | - | - |")
     assert lines[4].endswith("| 4.0000 | 1.5000 | diverged | - |")
 
 
 def test_the_table(tmp_path, results):
-    results.save_table(tmp_path, [10, 20])
+    results.save(tmp_path, [10, 20])
     lines = (tmp_path / "search.md").read_text().splitlines()
     assert lines[0] == "| rank | shape | params | latency, s | pruned | step 10 | step 20 |"
     assert lines[2] == "| 1 | L24-h4096-f14336-n32-g8 | 6.29B | 0.024 | 4.0000 | 1.5000 | 1.2500 |"
@@ -108,6 +107,8 @@ def test_ranks_are_among_those_that_still_run(tmp_path, results):
         names[1]: {0: 2, 10: 1},
         names[2]: {},
     }
+    plot_race(tmp_path, results.candidates[2:])
+    assert not list(tmp_path.iterdir())  # nobody has raced
     plot_race(tmp_path, results.ranked())
     svg = (tmp_path / "ranking.svg").read_text()
     assert "<svg" in svg

@@ -34,6 +34,8 @@ def test_a_search_that_dies_goes_on(inputs, searched, tmp_path, monkeypatch, poi
         with pytest.raises(Crash):
             call("search", *inputs[-1], "--out", out)
     assert not (out / "manifest.json").exists()
+    assert "| pruned |" in (out / "search.md").read_text()  # how far it came
+    assert (out / "ranking.svg").exists() or point in ("pruned", "training")
     done = [c for c in read(out)["candidates"] if c["pruned_loss"] is not None]
     measured = []
     monkeypatch.setattr(
