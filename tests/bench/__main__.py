@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,8 @@ WARM_HEAP = {
 }
 ALLOCATORS = {"warm": WARM_HEAP, "default": {}}
 DEVICES = {"cpu": ["warm", "default"], "cuda": ["default"]}
-WITH_ONE_HEAP = (
-    "objectives",
-)  # the first; their number is large, and the second tells nothing new
+ROUNDS = {"cpu": 9, "cuda": 5}
+WITH_ONE_HEAP = ("objectives",)  # the first: they are many, and the second tells nothing new
 
 
 def main() -> None:
@@ -50,13 +48,14 @@ def main() -> None:
         help=f"of {', '.join(OPS)}; default: all",
     )
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, help="default: 9, on a GPU 5")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--allocator", choices=list(ALLOCATORS), action="append")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--child", choices=OPS, help=argparse.SUPPRESS)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.rounds = args.rounds or ROUNDS[args.device]
     torch.set_num_threads(args.threads)
     if args.child:
         for case in importlib.import_module(f"tests.bench.{args.child}").cases(args.device):
@@ -68,19 +67,30 @@ def main() -> None:
     if args.peak is not None:
         print(json.dumps(dataclasses.asdict(linear_kl.peak(args.peak, args.device))))
         return
+    failed = []
     for op in args.ops or OPS:
-        rows = []
-        allocators = DEVICES[args.device][: 1 if op in WITH_ONE_HEAP else None]
-        for allocator in args.allocator or allocators:
-            for row in _child(op, allocator, args):
-                rows.append({"allocator": allocator, **row})
-                print(_line(rows[-1]), flush=True)
-        peaks = []
-        for number in range(len(linear_kl.PEAKS[args.device]) if op == "linear_kl" else 0):
-            peaks.append(_run("default", args, "--peak", str(number))[0])
-            print(_peak_line(peaks[-1]), flush=True)
-        machine = describe_machine(args.device, args.threads, args.rounds)
-        _write(args.out, args.device, op, {"machine": machine, "results": rows, "peaks": peaks})
+        try:
+            _write(args.out, args.device, op, _measured(op, args))
+        except subprocess.CalledProcessError as error:
+            failed.append(op)
+            print(f"error: {op}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"error: no new results of {', '.join(failed)}")
+
+
+def _measured(op: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Of an op: a row for every variant, printed as it comes, and peaks of memory."""
+    rows, peaks = [], []
+    allocators = DEVICES[args.device][: 1 if op in WITH_ONE_HEAP else None]
+    for allocator in args.allocator or allocators:
+        for row in _child(op, allocator, args):
+            rows.append({"allocator": allocator, **row})
+            print(_line(rows[-1]), flush=True)
+    for number in range(len(linear_kl.PEAKS[args.device]) if op == "linear_kl" else 0):
+        peaks.append(_run("default", args, "--peak", str(number))[0])
+        print(_peak_line(peaks[-1]), flush=True)
+    machine = describe_machine(args.device, args.threads, args.rounds)
+    return {"machine": machine, "results": rows, "peaks": peaks}
 
 
 def release_heap() -> None:
@@ -107,7 +117,7 @@ def _run(allocator: str, args: argparse.Namespace, *arguments: str) -> list[Any]
 
 
 def _peak_line(row: dict[str, Any]) -> str:
-    sizes = "| {variant} | {dtype} | {tokens} | {hidden} | {vocabulary} |".format(**row)
+    sizes = "| {variant} | {ranks} | {dtype} | {tokens} | {hidden} | {vocabulary} |".format(**row)
     mb, rest = f" {row['mb']:.0f} | {row['gradients_mb']:.0f} |", row["mb"] - row["gradients_mb"]
     if row["variant"] == "eager":
         return f"{sizes} – |{mb} {rest:.0f} | – |"
@@ -116,8 +126,6 @@ def _peak_line(row: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    bandwidth = f"{row['gb_per_s']:.0f}" if row["gb_per_s"] else ""
-    share = f"{row['share_of_copy']:.0%}" if row["share_of_copy"] else ""
     return [
         row["op"],
         row["shape"],
@@ -129,8 +137,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['over_eager']:.1f}",
         f"{row['over_compile']:.1f}",
         ", ".join(map(_verdict, row["targets"])),
-        bandwidth,
-        share,
+        f"{row['moved_mb']:.0f}",
+        f"{row['gb_per_s']:.0f}",
+        f"{row['share_of_copy']:.0%}",
     ]
 
 
@@ -146,19 +155,27 @@ def _line(row: dict[str, Any]) -> str:
 _MET = {True: "met", False: "**missed**"}
 _HEADER = (
     "| op | shape | dtype | heap | variant | median ms | best ms | × eager | × compile |"
-    " targets | GB/s | of copy |\n" + "|---" * 12 + "|"
+    " targets | MB moved | GB/s | of copy |\n" + "|---" * 13 + "|"
 )
 
 
 def _write(directory: Path, device: str, op: str, results: dict[str, Any]) -> None:
-    """Put an op's results in the place of its former ones, and write the page of all."""
+    """Put an op's results in the place of its former ones, and write the page of all.
+
+    Results of an earlier format, which lack what the page shows, are let go.
+    """
     name, page = {"cpu": ("kernels_cpu", _CPU_PAGE), "cuda": ("kernels_gpu", _GPU_PAGE)}[device]
     path = directory / f"{name}.json"
     every = {**(json.loads(path.read_text()) if path.exists() else {}), op: results}
-    every = {op: every[op] for op in OPS if op in every}
+    sections = {}
+    for one in (known for known in OPS if known in every):
+        try:
+            sections[one] = _section(one, every[one])
+        except (KeyError, TypeError):
+            print(f"{path}: let go of {one}, of another format", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(every, indent=1) + "\n")
-    (directory / f"{name}.md").write_text(page + "".join(starmap(_section, every.items())))
+    path.write_text(json.dumps({one: every[one] for one in sections}, indent=1) + "\n")
+    (directory / f"{name}.md").write_text(page + "".join(sections.values()))
 
 
 def _section(op: str, results: dict[str, Any]) -> str:
@@ -173,32 +190,44 @@ _CPU_PAGE = """# Kernels on a CPU
 Written by `make bench`; the same numbers as JSON are in kernels_cpu.json. Variants of a case run in
 turn and a time is the median of the rounds. On a machine that others use too (see its load), only
 ratios mean anything, and even those vary from run to run: kernels.md says by how much.
-"GB/s" is what the variant must move at least, divided by its time; "of copy" compares that with
-a copy measured in the same rounds. Targets are speeds, found and wanted, in multiples of another
-variant's: 0.8 × bare GEMMs is 1.25 times their time.
+"MB moved" is what a variant must move at least: every sweep of ours counts, and for eager and
+torch.compile the inputs, read in the forward pass and again in the backward, and the gradient; what
+they put down in between comes on top. "GB/s" is that, divided by the time; "of copy" compares it
+with a copy measured in the same rounds. For linear_kl, where arithmetic takes the time, inputs and
+gradients count once. Targets are speeds, found and wanted, in multiples of another variant's: 0.8 ×
+bare GEMMs is 1.25 times their time.
 
-An op's section says when that op ran, and beside what load. Nothing on this page comes from a GPU.
+The objectives run on a warm heap and one vocabulary alone: what another heap and another vocabulary
+cost, logit_kl shows. An op's section says when that op ran, and beside what load. Nothing on this
+page comes from a GPU.
 """
 
 _GPU_PAGE = """# Kernels on a GPU
 
 Written by `make gpu-check`; the same numbers as JSON are in kernels_gpu.json. Variants of a case
-run in turn, each several times a round, and a time is the median of the rounds. "GB/s" is what the
-variant must move at least, divided by its time; "of copy" compares that with a copy measured in
-the same rounds.
+run in turn, each several times a round, and a time is the median of the rounds. "MB moved" is what
+a variant must move at least: every sweep of ours counts, and for eager and torch.compile the
+inputs, read in the forward pass and again in the backward, and the gradient. "GB/s" is that,
+divided by the time; "of copy" compares it with a copy measured in the same rounds. For linear_kl,
+where arithmetic takes the time, inputs and gradients count once. The objectives run in bf16 alone.
 """
 
 _MEMORY = """
 ### Peak memory
 
 What one step, forward and backward, adds to the peak beyond its inputs. Its results are gradients
-of the hidden states and of the head, which is summed up in fp32. For the rest the bound is 64 bytes
-a token and the logits of two chunks, the student's and the teacher's; it counts as met to 1%, since
-the rest also holds what libraries set aside for large products.
+of the hidden states and of the head, which is summed up in fp32. For the rest the bound is
 
-| variant | dtype | tokens | hidden size | vocabulary | tokens of a chunk | MB | of them gradients \
-| rest | bound |
-|---|---|---|---|---|---|---|---|---|---|"""
+    64 B x tokens + 2 x chunks at a time x tokens of each x vocabulary / ranks x bytes of a logit
+
+where 2 stands for student and teacher. One rank has one chunk at a time, ranks that share the
+vocabulary two: one computes while the other's collective is under way. The bound counts as met to
+1%, since the rest also holds what libraries set aside for large products. Several ranks are
+processes of one machine, and the row is of the one that takes most.
+
+| variant | ranks | dtype | tokens | hidden size | vocabulary | tokens of a chunk | MB \
+| of them gradients | rest | bound |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 if __name__ == "__main__":

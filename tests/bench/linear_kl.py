@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from minitron.ops.linear_kl import CHUNK_TOKENS_ON_CPU, TeacherHidden, linear_kl
-from tests.bench.runner import Case
+from tests.bench.runner import Case, compile_alone
+from tests.harness import close_pool, run_distributed
 
 
 def eager(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
@@ -35,6 +37,8 @@ class Problem:
     vocabulary: int
     dtype: torch.dtype
     chunk_tokens: int
+    ranks: int = 1
+    """That share the vocabulary, on one machine."""
 
 
 PROBLEMS = {
@@ -66,7 +70,7 @@ def _step(loss: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     torch.autograd.grad(loss(*inputs).sum(), inputs[:2])
 
 
-def _fused(chunk_tokens: int) -> Callable[..., Tensor]:
+def _fused(chunk_tokens: int, group: dist.ProcessGroup | None = None) -> Callable[..., Tensor]:
     def loss(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
         return linear_kl(
             student,
@@ -75,6 +79,7 @@ def _fused(chunk_tokens: int) -> Callable[..., Tensor]:
             token_weights=torch.ones(student.shape[:2], device=student.device),
             valid_columns=head.size(0),
             chunk_tokens=chunk_tokens,
+            tp_group=group,
         ).loss
 
     return loss
@@ -84,8 +89,7 @@ def _case(problem: Problem, device: str) -> Case:
     inputs = _inputs(problem, device)
     student, head, teacher, teacher_head = (x.detach() for x in inputs)
     logits = student.new_empty(problem.tokens, 1, problem.vocabulary)
-    torch.compiler.reset()
-    compiled, fused = torch.compile(eager), _fused(problem.chunk_tokens)
+    compiled, fused = compile_alone(eager), _fused(problem.chunk_tokens)
 
     def gemms() -> None:
         torch.matmul(teacher, teacher_head.t(), out=logits)
@@ -94,6 +98,8 @@ def _case(problem: Problem, device: str) -> Case:
         _ = logits[:, 0].t() @ student[:, 0]
 
     hidden, vocabulary = problem.hidden, problem.vocabulary
+    gradients = student.nbytes + head.nbytes
+    moved = gradients + sum(x.nbytes for x in inputs)
     return Case(
         op="linear_kl",
         shape=f"[{problem.tokens}, {hidden}] x [{vocabulary}, {hidden}],"
@@ -105,6 +111,7 @@ def _case(problem: Problem, device: str) -> Case:
             "bare GEMMs": gemms,
             "linear_kl": lambda: _step(fused, inputs),
         },
+        floor_bytes=dict.fromkeys(("eager", "torch.compile", "bare GEMMs", "linear_kl"), moved),
         targets={"linear_kl": TARGETS[device]},
     )
 
@@ -114,8 +121,10 @@ PEAKS = {
     "cpu": [
         ("eager", Problem(1024, 64, 128256, torch.float32, 256)),
         ("linear_kl", Problem(1024, 64, 128256, torch.float32, 256)),
+        ("linear_kl", Problem(1024, 64, 128256, torch.float32, 256, ranks=2)),
         ("linear_kl", Problem(8192, 64, 128256, torch.float32, 256)),
         ("linear_kl", Problem(8192, 64, 128256, torch.float32, CHUNK_TOKENS_ON_CPU)),
+        ("linear_kl", Problem(8192, 64, 128256, torch.float32, 1024)),
     ],
     "cuda": [(variant, PROBLEMS["cuda"][0]) for variant in ("eager", "linear_kl")],
 }
@@ -126,6 +135,7 @@ class Peak:
     """What one step adds to a process's peak, in megabytes, and what it may be."""
 
     variant: str
+    ranks: int
     tokens: int
     hidden: int
     vocabulary: int
@@ -135,15 +145,29 @@ class Peak:
     gradients_mb: float
     """Of it, what cannot be had for less: gradients of the hidden states and, in fp32, the head."""
     bound_mb: float
-    """For all the rest: 64 bytes a token and two chunks of logits."""
+    """For all the rest: 64 bytes a token and both models' logits of a chunk, or of the two that
+    are under way at a time where ranks share the vocabulary."""
 
 
 def peak(number: int, device: str) -> Peak:
-    """Take one step of the problem, after a small one for which libraries set memory aside."""
+    """Of one step of the problem; of several ranks that of the highest."""
     variant, problem = PEAKS[device][number]
-    chunk, vocabulary = problem.chunk_tokens, problem.vocabulary
-    loss = {"eager": eager, "linear_kl": _fused(chunk)}[variant]
-    small = dataclasses.replace(problem, tokens=chunk, vocabulary=vocabulary // 16)
+    if problem.ranks == 1:
+        return _peak(variant, problem, device)
+    try:
+        peaks = run_distributed(_peak, problem.ranks, variant, problem, device)
+    finally:
+        close_pool()
+    return max(peaks, key=lambda found: found.mb)
+
+
+def _peak(variant: str, problem: Problem, device: str) -> Peak:
+    """Take the step, after a small one for which libraries set memory aside."""
+    group = dist.group.WORLD if problem.ranks > 1 else None
+    chunk, vocabulary = problem.chunk_tokens, problem.vocabulary // problem.ranks
+    loss = {"eager": eager, "linear_kl": _fused(chunk, group)}[variant]
+    problem = dataclasses.replace(problem, vocabulary=vocabulary)  # this rank's
+    small = dataclasses.replace(problem, tokens=problem.ranks * chunk, vocabulary=vocabulary // 16)
     _step(loss, _inputs(small, device))
     inputs = _inputs(problem, device)
     before = _forget_peak(device)
@@ -151,16 +175,18 @@ def peak(number: int, device: str) -> Peak:
     added = _peak_bytes(device) - before
     element, hidden = problem.dtype.itemsize, problem.hidden
     gradients = problem.tokens * hidden * element + vocabulary * hidden * 4
+    chunks = 2 if problem.ranks > 1 else 1
     return Peak(
         variant,
+        problem.ranks,
         problem.tokens,
         hidden,
-        vocabulary,
+        vocabulary * problem.ranks,
         str(problem.dtype).removeprefix("torch."),
         chunk,
         added / 1e6,
         gradients / 1e6,
-        (64 * problem.tokens + 2 * chunk * vocabulary * element) / 1e6,
+        (64 * problem.tokens + 2 * chunks * chunk * vocabulary * element) / 1e6,
     )
 
 

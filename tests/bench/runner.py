@@ -32,8 +32,8 @@ class Case:
     shape: str
     dtype: str
     variants: dict[str, Callable[[], object]]
-    floor_bytes: dict[str, int] = field(default_factory=dict)
-    """What a variant must move at least, where that is known."""
+    floor_bytes: dict[str, int]
+    """What a variant must move at least, as it goes about it; the copies it makes come on top."""
     targets: dict[str, dict[str, float]] = field(default_factory=dict)
     """By variant, how many times as fast as another it has to be; over `COPY`, as the bandwidth."""
 
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass
 class Row:
-    """One variant's result; times in milliseconds, bandwidth in GB/s."""
+    """One variant's result; times in milliseconds, bandwidth of the bytes that it must move."""
 
     op: str
     shape: str
@@ -59,9 +59,17 @@ class Row:
     best_ms: float
     over_eager: float
     over_compile: float
-    gb_per_s: float | None
-    share_of_copy: float | None
+    moved_mb: float
+    gb_per_s: float
+    share_of_copy: float
     targets: list[Target]
+
+
+def compile_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for one case: after others it would compile for any shape, and then not at
+    all."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
@@ -95,9 +103,9 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
     rows = []
     for name in case.variants:
         wanted = case.targets.get(name, {})
-        moved = case.floor_bytes.get(name)
-        rate = moved / medians[name] / 1e6 if moved else None
-        share = rate / copy_gb_per_s if rate else None
+        moved = case.floor_bytes[name]
+        rate = moved / medians[name] / 1e6
+        share = rate / copy_gb_per_s
         rows.append(
             Row(
                 case.op,
@@ -108,6 +116,7 @@ def measure(case: Case, *, rounds: int, device: str = "cpu") -> list[Row]:
                 min(times[name]),
                 eager / medians[name],
                 compiled / medians[name],
+                moved / 1e6,
                 rate,
                 share,
                 [
