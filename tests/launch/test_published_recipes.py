@@ -22,6 +22,7 @@ STAGES = {
     "llama3.1_4b_width_distill": "distill",
     "llama3.1_4b_depth_distill": "distill",
     "llama3.1_8b_6b_4b_chain": "chain",
+    "llama3.1_4b_rounds_chain": "chain",
 }
 LLAMA_8B = Architecture(
     num_layers=32,
@@ -134,6 +135,25 @@ def test_chain_of_three_models():
     assert tokens == pytest.approx([47e9, 94e9], rel=1e-3)
     assert steps[0].stages[0].recipe.model.path == scoring.model.path
     assert steps[1].stages[0].recipe.model.path == steps[0].stages[-1].out
+
+
+def test_rounds_of_the_same_training_in_all():
+    """Each round's scores, shape and half of the tokens; else what the chain by way of 6b says."""
+    script = load_script("chain")
+    rounds = script.plan(parse("llama3.1_4b_rounds_chain"), LLAMA_8B)
+    stepwise = script.plan(parse("llama3.1_8b_6b_4b_chain"), LLAMA_8B)
+    assert [step.name for step in rounds] == ["4b-1", "4b-2"]
+    assert [step.arch for step in rounds] == [step.arch for step in stepwise]
+    steps = parse("llama3.1_4b_width_distill").train.steps
+    assert sum(step.stages[-1].recipe.train.steps for step in rounds) == steps
+    for ours, theirs in zip(rounds, stepwise, strict=True):
+        scored, _, distilled = (stage.recipe for stage in ours.stages)
+        for name in ("data", "importance", "parallel", "precision"):
+            assert getattr(scored, name) == getattr(theirs.stages[0].recipe, name)
+        for name in ("data", "distill", "parallel", "precision"):
+            assert getattr(distilled, name) == getattr(theirs.stages[-1].recipe, name)
+        train = dataclasses.replace(theirs.stages[-1].recipe.train, steps=4980)
+        assert distilled.train == train
 
 
 def test_the_demos_chain_ends_at_the_demos_student():
