@@ -263,6 +263,15 @@ def _waits(parallel, directory, prefix):
         precision="fp32",
     )
 
+    def noted(name):
+        read = getattr(torch.Tensor, name)
+
+        def call(*args, **kwargs):
+            found.append(name)
+            return read(*args, **kwargs)
+
+        return call
+
     def watched(name):
         hook = getattr(importance._Collector, name)
 
@@ -270,7 +279,7 @@ def _waits(parallel, directory, prefix):
             calls.append(name)
             with pytest.MonkeyPatch.context() as patch:
                 for read in HOST_READS:
-                    patch.setattr(torch.Tensor, read, lambda *_, read=read: found.append(read))
+                    patch.setattr(torch.Tensor, read, noted(read))
                 return hook(*args)
 
         return call
