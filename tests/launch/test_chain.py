@@ -466,5 +466,21 @@ def test_other_content_of_data_is_refused(root, made):
                 f"{out} is complete, and was made with another content of data.path={root}/tokens "
                 f"than there is now; delete {out} and {remedy}"
             )
+        file.rename(root / "away.bin")
+        with pytest.raises(
+            MinitronError, match=r"made of cannot be compared: .*tokens.bin does not"
+        ):
+            count_complete(recipes[:1], None, vocab_size=VOCAB)
+        (root / "away.bin").rename(file)
     finally:
         file.write_bytes(content)
+    with pytest.raises(MinitronError, match="made with another content of the tokenizer than"):
+        count_complete(recipes[:1], SimpleNamespace(fingerprint="other"), vocab_size=VOCAB)
+    inputs = recipes[2].out / artifact.INPUTS
+    before = inputs.read_text()
+    try:
+        artifact.write_json(inputs, json.loads(before) | {"data.valid_path": "other"})
+        with pytest.raises(MinitronError, match=r"another content of data\.valid_path="):
+            count_complete(recipes[2:3], None, vocab_size=VOCAB)
+    finally:
+        inputs.write_text(before)
