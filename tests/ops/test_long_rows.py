@@ -113,7 +113,7 @@ def test_many_blocks_give_what_two_sweeps_give(columns, dtype, device, seed):
     fused_losses, fused_grad = _check(_fused, student, teacher, *others)
     torch.testing.assert_close(fused_losses, losses, rtol=1e-5, atol=1e-5)
     one_digit = 2.0**-7 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(fused_grad, grad, rtol=one_digit, atol=1e-7)
+    torch.testing.assert_close(fused_grad, grad, rtol=one_digit, atol=5e-6)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
