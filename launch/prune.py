@@ -116,7 +116,7 @@ def _drop_layers(
     if recipe.prune.drop_layers or not count:
         return recipe.prune.drop_layers
     choice = LayerChoice(recipe.prune, recipe.model.path, recipe.scores.path)
-    choice.log()
+    choice.announce()
     return choice.drop_layers(count)
 
 

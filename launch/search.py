@@ -189,7 +189,7 @@ def main(recipe: Recipe) -> None:
     open_run(recipe, inputs)  # nothing is left behind by a grid of which nothing fits
     dtype = platform.DTYPES[recipe.precision]
     files = ModelFiles(dtype=dtype, base_dir=recipe.model.path, tokenizer=tokenizer)
-    layers.log()
+    layers.announce()
 
     def plan(arch: Architecture) -> PruningPlan:
         drop_layers = layers.drop_layers(source.num_layers - arch.num_layers)

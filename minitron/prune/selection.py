@@ -95,7 +95,7 @@ class LayerChoice:
             return None
         return ranked_layers(self._depth, self._ranking, count)
 
-    def log(self) -> None:
+    def announce(self) -> None:
         """Say by what layers are chosen, if it is by trials."""
         if self._depth is not None:
             name = self._depth.greedy_name if self._ranking == "greedy" else self._ranking
