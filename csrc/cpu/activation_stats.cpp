@@ -1,9 +1,8 @@
 // Sums over the rows of an activation, for every column, in one read.
 //
-// Eight rows at a time are added to sums that stay in the first-level cache, so that a sum is
-// loaded and stored once for eight values. They are fp32 over 256 rows and fp64 beyond. A row's
-// part is short, and the hardware does not foresee where the next eight lie: they are fetched by
-// hand.
+// Four rows at a time, a page of each, are added to sums that stay in the first-level cache, so
+// that a sum is loaded and stored once for four values. They are fp32 over 256 rows and fp64
+// beyond. The hardware does not foresee where the next four rows lie: they are fetched by hand.
 
 #include <algorithm>
 #include <cmath>
@@ -15,19 +14,27 @@ namespace minitron {
 namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 8;
+constexpr int64_t kRowsAtOnce = 4;
 constexpr int64_t kRowsInSingle = 256;
-constexpr int64_t kColumnsAtOnce = 512;
+template <typename T>
+constexpr int64_t kColumnsAtOnce = 4096 / sizeof(T);
 
+template <typename T>
 struct Sums {
-    alignas(64) float absolute[kColumnsAtOnce];
-    alignas(64) float square[kColumnsAtOnce];
-    alignas(64) float plain[kColumnsAtOnce];
-    alignas(64) float maximum[kColumnsAtOnce];
+    alignas(64) float absolute[kColumnsAtOnce<T>];
+    alignas(64) float square[kColumnsAtOnce<T>];
+    alignas(64) float plain[kColumnsAtOnce<T>];
+    alignas(64) float maximum[kColumnsAtOnce<T>];
+
+    void clear(int64_t columns) {
+        for (float* const of : {absolute, square, plain, maximum}) {
+            std::fill_n(of, columns, 0.f);
+        }
+    }
 };
 
 template <typename T, typename Load>
-void add_rows(int64_t rows, const T* x, int64_t stride, int64_t at, Sums& sums,
+void add_rows(int64_t rows, const T* x, int64_t stride, int64_t at, Sums<T>& sums,
               const Load& load_at) {
     Vec absolute = load(sums.absolute + at), square = load(sums.square + at);
     Vec plain = load(sums.plain + at), maximum = load(sums.maximum + at);
@@ -47,7 +54,7 @@ void add_rows(int64_t rows, const T* x, int64_t stride, int64_t at, Sums& sums,
 }
 
 template <typename T>
-void add_block(int64_t rows, const T* x, int64_t stride, int64_t columns, Sums& sums) {
+void add_block(int64_t rows, const T* x, int64_t stride, int64_t columns, Sums<T>& sums) {
     int64_t at = 0;
     const auto whole = [](const T* from) { return load(from); };
     for (; at + kLanes <= columns; at += kLanes) {
@@ -65,16 +72,16 @@ void add_block(int64_t rows, const T* x, int64_t stride, int64_t columns, Sums& 
 
 template <typename T>
 void column_stats(const Activations& x, int64_t begin, int64_t end, double* out) {
-    Sums sums;
+    Sums<T> sums;
     const int64_t last = std::min(end * kColumnBlock, x.columns);
-    for (int64_t start = begin * kColumnBlock; start < last; start += kColumnsAtOnce) {
-        const int64_t columns = std::min(kColumnsAtOnce, last - start);
+    for (int64_t start = begin * kColumnBlock; start < last; start += kColumnsAtOnce<T>) {
+        const int64_t columns = std::min(kColumnsAtOnce<T>, last - start);
         double* const to = out + start;
         for (int k = 0; k < kNumActivationStats; ++k) {
             std::fill_n(to + k * x.columns, columns, 0.);
         }
         for (int64_t row = 0; row < x.rows; row += kRowsInSingle) {
-            sums = {};
+            sums.clear(columns);
             const int64_t stop = std::min(row + kRowsInSingle, x.rows);
             for (int64_t r = row; r < stop; r += kRowsAtOnce) {
                 add_block(std::min(kRowsAtOnce, stop - r),
